@@ -1,0 +1,173 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * hostupdate's C core: what must be quick, must be exact, or must not run Python.
+ *
+ * Every function returns 0 or a count on success and -errno on failure. On failure its ret_
+ * arguments are untouched and what the call itself had changed is undone, unless its comment says
+ * otherwise. Every descriptor made is O_CLOEXEC. Interrupted system calls are retried. Times are
+ * int64_t nanoseconds and carry the name of their clock. Nothing here logs, exits or keeps state
+ * between calls.
+ */
+#ifndef HOSTUPDATE_H
+#define HOSTUPDATE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---- freezer: stop and start all guests of a host ---- */
+
+/* One guest: its cgroup's open files, or, where the host has no cgroup v2, its process. */
+struct hu_guest {
+	int32_t freeze_fd;	/* cgroup.freeze, O_RDWR; -1: use pidfd */
+	int32_t events_fd;	/* cgroup.events, O_RDONLY; -1: use pidfd */
+	int32_t pidfd;		/* the guest's QEMU; -1 where the cgroup's files are given */
+	int32_t pid;		/* its pid, to read its threads' state; only used with pidfd */
+};
+
+struct hu_stamp {
+	int64_t requested_monotonic_ns;	/* just before the kernel was asked */
+	int64_t settled_monotonic_ns;	/* the guest was seen stopped (or running) at this time */
+};
+
+/*
+ * Stops every guest or none. All requests are made first, then all are waited for.
+ * ret_failed, where not NULL, tells on failure which guest was the culprit.
+ * -ETIMEDOUT: one was not stopped by the deadline; -ENODEV: its cgroup is gone;
+ * -ESRCH: its process is gone. After any failure every guest has been told to run.
+ */
+int hu_guests_freeze(const struct hu_guest *guests, size_t count, int64_t deadline_monotonic_ns,
+		     struct hu_stamp *ret_stamps, size_t *ret_failed);
+
+/*
+ * Lets every guest run. There is no undo and no early end: all are asked whatever happens to one,
+ * and the first error is returned. ret_stamps is filled on failure too: settled is 0 for a guest
+ * that was not seen running by the deadline. A guest that is gone needs no thaw: its settled is 0
+ * and it is no error.
+ */
+int hu_guests_thaw(const struct hu_guest *guests, size_t count, int64_t deadline_monotonic_ns,
+		   struct hu_stamp *ret_stamps);
+
+/* 1 where the guest is stopped, 0 where it may run. */
+int hu_guest_frozen(const struct hu_guest *guest);
+
+/* ---- keeper: the dead-man process ---- */
+
+struct hu_keeper_config {
+	const struct hu_guest *guests;
+	size_t guest_count;
+	const int32_t *ram_fds;		/* shared guest RAM whose pages the keeper locks */
+	size_t ram_count;
+	int64_t grace_ns;		/* how long a live orchestrator may take to answer a firing */
+	int64_t settle_ns;		/* how long to wait for guests to be seen running */
+	int32_t record_fd;		/* append-only file for the keeper's record */
+	int32_t cgroup_procs_fd;	/* cgroup.procs to move itself to; -1: stay */
+	int32_t recovery_log_fd;	/* stdout and stderr of the recovery command */
+	char *const *recovery_argv;	/* absolute program first, NULL last */
+	char *const *recovery_envp;
+};
+
+struct hu_keeper {
+	int32_t pid;
+	int32_t pidfd;
+	int32_t control_fd;		/* SOCK_SEQPACKET; readable when the keeper has fired or died */
+	uint64_t locked_bytes;		/* guest RAM locked in memory, all mappings */
+	int32_t lock_error;		/* 0, or the -errno of the first range that could not be locked */
+};
+
+/*
+ * Forks the keeper, not armed. It returns when the keeper has locked what it can and is ready, or
+ * -ETIMEDOUT after timeout_ns (the keeper is killed and reaped then).
+ */
+int hu_keeper_start(const struct hu_keeper_config *config, int64_t timeout_ns,
+		    struct hu_keeper *ret_keeper);
+
+/*
+ * Arms: from now on the keeper lets all guests run when the deadline passes or the orchestrator
+ * dies. Returns when the keeper has confirmed. -EPIPE: the keeper is gone, pause nothing.
+ */
+int hu_keeper_arm(int32_t control_fd, int64_t deadline_monotonic_ns, int64_t timeout_ns);
+
+/* Disarms. 0: it never fired; 1: it has fired, and the caller's answer is taken as "I recover". */
+int hu_keeper_disarm(int32_t control_fd, int64_t timeout_ns);
+
+/* Ends the keeper and reaps it. It was disarmed before; -EBUSY otherwise. */
+int hu_keeper_stop(const struct hu_keeper *keeper, int64_t timeout_ns);
+
+/* ---- ram: where a guest's memory is ---- */
+
+enum hu_ram_backing {
+	HU_RAM_ANONYMOUS,	/* private or shared memory without a name */
+	HU_RAM_MEMFD,
+	HU_RAM_SHMEM,		/* a file on tmpfs */
+	HU_RAM_HUGETLB,
+	HU_RAM_FILE,		/* a file on any other file system */
+};
+
+#define HU_RAM_PATH_SIZE 256
+
+struct hu_ram_mapping {
+	uint64_t start;			/* address in the guest's QEMU */
+	uint64_t length_bytes;
+	uint64_t offset_bytes;		/* in the backing file */
+	uint64_t inode;
+	uint64_t resident_bytes;	/* mapped and in RAM, seen from QEMU's page tables */
+	uint64_t swapped_bytes;
+	uint64_t locked_bytes;
+	int32_t backing;		/* enum hu_ram_backing */
+	int32_t shared;			/* bool */
+	char path[HU_RAM_PATH_SIZE];	/* as the kernel prints it, cut to size; "" for anonymous */
+};
+
+/*
+ * The RAM blocks of a QEMU process. QEMU marks each with MADV_DONTFORK (softmmu/physmem.c,
+ * ram_block_add), which the kernel shows as "dc" in the VmFlags of smaps; nothing else in a QEMU
+ * has it. Returns how many there are; -E2BIG where capacity is too small.
+ */
+int hu_ram_mappings(int32_t pid, struct hu_ram_mapping *ret_mappings, size_t capacity);
+
+/* Opens the file behind a shared mapping, read-only, by /proc/PID/map_files. Returns the fd. */
+int hu_ram_open(int32_t pid, const struct hu_ram_mapping *mapping);
+
+struct hu_ram_lock {
+	void *base;
+	uint64_t length_bytes;
+	uint64_t locked_bytes;
+};
+
+/*
+ * Maps the file and locks its data pages in memory; holes stay holes. The mapping is not passed on
+ * to children. hu_ram_unlock takes it back.
+ */
+int hu_ram_lock(int32_t fd, struct hu_ram_lock *ret_lock);
+int hu_ram_unlock(const struct hu_ram_lock *lock);
+
+struct hu_ram_digest {
+	uint64_t low;
+	uint64_t high;
+	uint64_t pages;		/* data pages read; pages of zeros and holes count the same: as nothing */
+};
+
+/*
+ * Digest of guest RAM, of 4 KiB pages, at memory speed. It depends on each page's content and
+ * place, not on the order of reading; holes and zero pages do not count. Not cryptographic: it
+ * proves that nothing changed by accident. sample_pages 0 reads all, else that many pages spread
+ * evenly over the range, the same ones in each call.
+ */
+int hu_ram_digest_file(int32_t fd, uint64_t offset_bytes, uint64_t length_bytes,
+		       uint64_t sample_pages, struct hu_ram_digest *ret_digest);
+int hu_ram_digest_process(int32_t pid, uint64_t start, uint64_t length_bytes,
+			  uint64_t sample_pages, struct hu_ram_digest *ret_digest);
+
+/* ---- clock ---- */
+
+struct hu_clock_reading {
+	int64_t reference_ns;	/* midpoint of the two readings of the reference clock */
+	int64_t reading_ns;	/* the other clock, read between them */
+	int64_t uncertainty_ns;	/* half the distance of the two */
+};
+
+/* The tightest of `tries` bracketed readings of one clock against another (CLOCK_* numbers). */
+int hu_clock_bracket(int32_t reference_clock, int32_t clock, uint32_t tries,
+		     struct hu_clock_reading *ret_reading);
+
+#endif

@@ -1,0 +1,136 @@
+"""What can go wrong, and in what state the host is when it does.
+
+::
+
+    HostUpdateError
+    ├── InputError            bad manifest, configuration, record or argument; nothing happened
+    ├── PrerequisiteError     a program, package or kernel feature is missing; nothing happened
+    ├── RefusedError          judged and declined; nothing happened
+    ├── BusyError             another run holds the host; nothing happened
+    ├── DeadlineError         an outside party did not answer in time
+    ├── CoreError             the C core returned -errno; the call undid what it had done
+    ├── HypervisorError       libvirt or QEMU reported an error or is unreachable
+    ├── GuestError            one guest, by name, could not be handled
+    ├── StepError             one step of an update failed, hung or did not verify
+    ├── Interrupted           the operator or the system asked the run to stop
+    └── LabError              a scratch guest could not be made
+
+Faces turn these into messages and exit codes; nobody else prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import strerror
+
+
+class HostUpdateError(Exception):
+    """Root of every error that this project raises on purpose.
+
+    ``remedy`` is one sentence that tells the operator what to do, or the empty string.
+    """
+
+    remedy: str
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class InputError(HostUpdateError):
+    """A file, field or argument from outside is wrong. Nothing was changed.
+
+    ``source`` names the file (or ``command line``), ``field`` the place in it in dotted form
+    (``step[2].timeout``; empty where the whole is wrong), ``problem`` what is wrong with which
+    value.
+    """
+
+    def __init__(self, source: str, field: str, problem: str, *, remedy: str) -> None:
+        where = f"{source}: {field}" if field else source
+        super().__init__(f"{where}: {problem}", remedy=remedy)
+        self.source = source
+        self.field = field
+        self.problem = problem
+
+
+class PrerequisiteError(HostUpdateError):
+    """Something that must be present on the host is not. Nothing was changed."""
+
+    def __init__(self, what: str, *, remedy: str) -> None:
+        super().__init__(what, remedy=remedy)
+        self.what = what
+
+
+class RefusedError(HostUpdateError):
+    """The update was judged and declined, before anything was touched.
+
+    ``reasons`` holds at least one sentence.
+    """
+
+    def __init__(self, reasons: Sequence[str], *, remedy: str = "") -> None:
+        super().__init__("; ".join(reasons), remedy=remedy)
+        self.reasons = tuple(reasons)
+
+
+class BusyError(HostUpdateError):
+    """Another run holds the host. ``holder`` describes it: run, pid and start time."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(
+            f"the host is held by {holder}",
+            remedy="wait for that run to end; `hostupdate status` shows it",
+        )
+        self.holder = holder
+
+
+class DeadlineError(HostUpdateError):
+    """``what`` did not finish within ``timeout_ns``; it may still finish later, unobserved."""
+
+    def __init__(self, what: str, timeout_ns: int, *, remedy: str = "") -> None:
+        super().__init__(f"{what}: no answer within {timeout_ns / 1e9:.3g} s", remedy=remedy)
+        self.what = what
+        self.timeout_ns = timeout_ns
+
+
+class CoreError(HostUpdateError):
+    """A call into the C core failed with ``errno``. What that call had changed is undone."""
+
+    def __init__(self, operation: str, errno: int, *, detail: str = "") -> None:
+        text = f"{operation}: {strerror(errno)}"
+        super().__init__(f"{text} ({detail})" if detail else text)
+        self.operation = operation
+        self.errno = errno
+        self.detail = detail
+
+
+class HypervisorError(HostUpdateError):
+    """libvirt or QEMU answered with an error, or cannot be reached."""
+
+
+class GuestError(HostUpdateError):
+    """``guest`` (its name) could not be handled; the message says what was tried."""
+
+    def __init__(self, guest: str, problem: str, *, remedy: str = "") -> None:
+        super().__init__(f"guest {guest}: {problem}", remedy=remedy)
+        self.guest = guest
+        self.problem = problem
+
+
+class StepError(HostUpdateError):
+    """``step`` failed, hung or did not verify; its process group is gone when this is raised."""
+
+    def __init__(self, step: str, problem: str) -> None:
+        super().__init__(f"step {step!r}: {problem}")
+        self.step = step
+        self.problem = problem
+
+
+class Interrupted(HostUpdateError):
+    """A signal asked the run to stop."""
+
+
+class LabError(HostUpdateError):
+    """A scratch guest could not be made; what was made of it has been removed."""
+
+    def __init__(self, problem: str, *, remedy: str) -> None:
+        super().__init__(problem, remedy=remedy)
