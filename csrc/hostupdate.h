@@ -31,9 +31,10 @@ struct hu_stamp {
 
 /*
  * Stops every guest or none. All requests are made first, then all are waited for.
- * ret_failed, where not NULL, tells on failure which guest was the culprit.
- * -ETIMEDOUT: one was not stopped by the deadline; -ENODEV: its cgroup is gone;
- * -ESRCH: its process is gone. After any failure every guest has been told to run.
+ * ret_failed, where not NULL, tells on failure which guest was the culprit; count: none of them.
+ * -ETIMEDOUT: one was not stopped by the deadline; -ENODEV: its cgroup is gone; -ESRCH: its
+ * processes are gone; -ENOMEM, or a deadline that has passed: nobody was asked. After any other
+ * failure every guest has been told to run. A guest that was stopped before counts as stopped.
  */
 int hu_guests_freeze(const struct hu_guest *guests, size_t count, int64_t deadline_monotonic_ns,
 		     struct hu_stamp *ret_stamps, size_t *ret_failed);
@@ -47,7 +48,7 @@ int hu_guests_freeze(const struct hu_guest *guests, size_t count, int64_t deadli
 int hu_guests_thaw(const struct hu_guest *guests, size_t count, int64_t deadline_monotonic_ns,
 		   struct hu_stamp *ret_stamps);
 
-/* 1 where the guest is stopped, 0 where it may run. */
+/* 1 where the guest is stopped, 0 where it may run; -ENODEV, -ESRCH where it is gone. */
 int hu_guest_frozen(const struct hu_guest *guest);
 
 /* ---- keeper: the dead-man process ---- */
@@ -59,10 +60,11 @@ struct hu_keeper_config {
 	size_t ram_count;
 	int64_t grace_ns;		/* how long a live orchestrator may take to answer a firing */
 	int64_t settle_ns;		/* how long to wait for guests to be seen running */
+	int64_t recovery_ns;		/* how long to wait for the recovery command; it is not killed */
 	int32_t record_fd;		/* append-only file for the keeper's record */
 	int32_t cgroup_procs_fd;	/* cgroup.procs to move itself to; -1: stay */
 	int32_t recovery_log_fd;	/* stdout and stderr of the recovery command */
-	char *const *recovery_argv;	/* absolute program first, NULL last */
+	char *const *recovery_argv;	/* absolute program first, NULL last; or NULL: no recovery */
 	char *const *recovery_envp;
 };
 
@@ -72,25 +74,49 @@ struct hu_keeper {
 	int32_t control_fd;		/* SOCK_SEQPACKET; readable when the keeper has fired or died */
 	uint64_t locked_bytes;		/* guest RAM locked in memory, all mappings */
 	int32_t lock_error;		/* 0, or the -errno of the first range that could not be locked */
+	int32_t anchor_pid;		/* process that makes a death quick; 0 or less: none */
+	void *anchor_stack;
 };
 
 /*
  * Forks the keeper, not armed. It returns when the keeper has locked what it can and is ready, or
- * -ETIMEDOUT after timeout_ns (the keeper is killed and reaped then).
+ * -ETIMEDOUT after timeout_ns (the keeper is killed and reaped then). The keeper keeps config's
+ * descriptors; the caller may close its own, and closes those in ret_keeper.
+ *
+ * Its record is lines of text, times CLOCK_MONOTONIC in ns, one write each:
+ *   ready NS pid=N locked_bytes=N lock_error=N
+ *   armed NS deadline=NS
+ *   disarmed NS
+ *   fired NS reason=deadline|orchestrator-gone
+ *   thawed NS guest=INDEX requested=NS error=N	(NS 0: not seen running, or gone)
+ *   orchestrator-killed NS error=N
+ *   recovery-started NS pid=N
+ *   recovery-ended NS status=N		(exit status; minus the signal; 126: not started)
+ *   recovery-left NS pid=N		(still running when recovery_ns was over)
+ *   quit NS
+ * While armed it writes none, so that a file system that hangs cannot hold up a firing.
  */
 int hu_keeper_start(const struct hu_keeper_config *config, int64_t timeout_ns,
 		    struct hu_keeper *ret_keeper);
 
 /*
  * Arms: from now on the keeper lets all guests run when the deadline passes or the orchestrator
- * dies. Returns when the keeper has confirmed. -EPIPE: the keeper is gone, pause nothing.
+ * dies (or closes control_fd). Returns when the keeper has confirmed; on any failure pause nothing.
+ * -EPIPE: the keeper is gone; -ETIMEDOUT: it did not answer, and disarms when it does; -EALREADY:
+ * it is armed, as it was, or has fired.
  */
 int hu_keeper_arm(int32_t control_fd, int64_t deadline_monotonic_ns, int64_t timeout_ns);
 
-/* Disarms. 0: it never fired; 1: it has fired, and the caller's answer is taken as "I recover". */
+/*
+ * Disarms. 0: it never fired; 1: it has fired, and the caller's answer is taken as "I recover".
+ * -EPIPE: the keeper is gone; -ETIMEDOUT: it did not answer, and may be armed still.
+ */
 int hu_keeper_disarm(int32_t control_fd, int64_t timeout_ns);
 
-/* Ends the keeper and reaps it. It was disarmed before; -EBUSY otherwise. */
+/*
+ * Ends the keeper and reaps it. -EBUSY: it is armed, or has fired and had no answer; it goes on.
+ * -EPIPE: it was dead before, and is reaped; -ETIMEDOUT: it did not end in time.
+ */
 int hu_keeper_stop(const struct hu_keeper *keeper, int64_t timeout_ns);
 
 /* ---- ram: where a guest's memory is ---- */
@@ -115,17 +141,26 @@ struct hu_ram_mapping {
 	uint64_t locked_bytes;
 	int32_t backing;		/* enum hu_ram_backing */
 	int32_t shared;			/* bool */
-	char path[HU_RAM_PATH_SIZE];	/* as the kernel prints it, cut to size; "" for anonymous */
+	char path[HU_RAM_PATH_SIZE];	/* as the kernel prints it, cut to size; "" where no file */
 };
 
 /*
- * The RAM blocks of a QEMU process. QEMU marks each with MADV_DONTFORK (softmmu/physmem.c,
- * ram_block_add), which the kernel shows as "dc" in the VmFlags of smaps; nothing else in a QEMU
- * has it. Returns how many there are; -E2BIG where capacity is too small.
+ * The RAM blocks of a QEMU process: RAM, ROM and video memory. QEMU marks each with MADV_DONTFORK,
+ * which the kernel shows as "dc" in the VmFlags of smaps; nothing else in a QEMU has it but device
+ * memory, which is left out (ram.c says where in QEMU). Returns how many there are. A block may be
+ * split in rows. On failure the content of ret_mappings is undefined. -E2BIG: capacity is too
+ * small; -ESRCH: the process is gone, be it in the middle; -EACCES: it, or the files that it has
+ * mapped, are not ours to look at (CAP_SYS_PTRACE; CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN for
+ * files); -EAGAIN: it changed its mappings meanwhile; -EBADMSG: smaps cannot be understood. The
+ * kernel walks the page tables for this: 13 ms for a GiB mapped, so not for the blackout.
  */
 int hu_ram_mappings(int32_t pid, struct hu_ram_mapping *ret_mappings, size_t capacity);
 
-/* Opens the file behind a shared mapping, read-only, by /proc/PID/map_files. Returns the fd. */
+/*
+ * Opens the file behind a shared mapping, read-only, by /proc/PID/map_files. Returns the fd.
+ * -EINVAL: the mapping is private, what the guest wrote is not in a file; -ENOENT: the process has
+ * no such mapping with a file (any more); -ESRCH and -EACCES as above.
+ */
 int hu_ram_open(int32_t pid, const struct hu_ram_mapping *mapping);
 
 struct hu_ram_lock {
@@ -136,7 +171,10 @@ struct hu_ram_lock {
 
 /*
  * Maps the file and locks its data pages in memory; holes stay holes. The mapping is not passed on
- * to children. hu_ram_unlock takes it back.
+ * to children. hu_ram_unlock takes it back. Pages of hugetlbfs are never swapped: there is nothing
+ * to do, base is NULL and no byte is counted, and so it is for an empty file. Data added later is
+ * not locked. Without CAP_IPC_LOCK the whole length counts against RLIMIT_MEMLOCK (-ENOMEM,
+ * -EPERM). No memory is allocated: the child of a multi-threaded process may call it.
  */
 int hu_ram_lock(int32_t fd, struct hu_ram_lock *ret_lock);
 int hu_ram_unlock(const struct hu_ram_lock *lock);
@@ -144,19 +182,29 @@ int hu_ram_unlock(const struct hu_ram_lock *lock);
 struct hu_ram_digest {
 	uint64_t low;
 	uint64_t high;
-	uint64_t pages;		/* data pages read; pages of zeros and holes count the same: as nothing */
+	uint64_t pages;		/* that went in: read, and not zero */
 };
 
 /*
- * Digest of guest RAM, of 4 KiB pages, at memory speed. It depends on each page's content and
- * place, not on the order of reading; holes and zero pages do not count. Not cryptographic: it
- * proves that nothing changed by accident. sample_pages 0 reads all, else that many pages spread
- * evenly over the range, the same ones in each call.
+ * Digest of guest RAM, of 4 KiB pages, at memory speed. It depends on each page's content and its
+ * place in the range, not on the order of reading; holes and zero pages do not count. Not
+ * cryptographic: it proves that nothing changed by accident (digest.c says how well). sample_pages
+ * 0 reads all, else that many pages spread evenly over the range, the same ones in each call; those
+ * that are holes cost next to nothing. Equal content has an equal digest whatever way it is read.
+ * It is a stable function of the content on machines of one byte order. -EINVAL: the range does
+ * not begin at a page.
  */
 int hu_ram_digest_file(int32_t fd, uint64_t offset_bytes, uint64_t length_bytes,
 		       uint64_t sample_pages, struct hu_ram_digest *ret_digest);
-int hu_ram_digest_process(int32_t pid, uint64_t start, uint64_t length_bytes,
-			  uint64_t sample_pages, struct hu_ram_digest *ret_digest);
+
+/*
+ * The same of one mapping as the process sees it: its own pages are read from the process, the rest
+ * from the file behind it. Untouched memory stays untouched; what was swapped out comes back.
+ * -ESRCH, -EACCES, -ENOENT as for hu_ram_open; -EFAULT: not all of it is mapped (any more), or the
+ * memory is defective; -EOPNOTSUPP: private memory on a machine whose pages are not of 4 KiB.
+ */
+int hu_ram_digest_process(int32_t pid, const struct hu_ram_mapping *mapping, uint64_t sample_pages,
+			  struct hu_ram_digest *ret_digest);
 
 /* ---- clock ---- */
 

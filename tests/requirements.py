@@ -1,0 +1,41 @@
+"""What a test needs of the machine. A missing thing is a skip that says why; where
+HOSTUPDATE_TEST_REQUIRE names it (comma-separated), it is a failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def _cgroup2() -> bool:
+    return "cgroup2 " in Path("/proc/self/mountinfo").read_text()
+
+
+_CHECKS: dict[str, tuple[Callable[[], object], str]] = {
+    "root": (lambda: os.geteuid() == 0, "must run as root"),
+    "cgroup2": (_cgroup2, "no cgroup v2 tree is mounted"),
+    "qemu": (lambda: shutil.which("qemu-system-x86_64"), "qemu-system-x86 is not installed"),
+    "libvirt": (lambda: shutil.which("libvirtd"), "libvirtd is not installed"),
+    "lab": (
+        lambda: shutil.which("busybox") and shutil.which("cc") and shutil.which("apt-get"),
+        "busybox, cc and apt-get are needed to build lab guests",
+    ),
+    "c": (lambda: shutil.which("make") and shutil.which("gcc"), "make and gcc are needed"),
+    "valgrind": (lambda: shutil.which("valgrind"), "valgrind is not installed"),
+}
+
+
+def need(*names: str) -> None:
+    """Skips the test, or fails it where the thing is required, unless all are there."""
+    required = os.environ.get("HOSTUPDATE_TEST_REQUIRE", "").split(",")
+    for name in names:
+        check, why = _CHECKS[name]
+        if check():
+            continue
+        if name in required:
+            pytest.fail(f"{name} is required here: {why}")
+        pytest.skip(why)
