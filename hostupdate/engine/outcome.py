@@ -1,0 +1,135 @@
+"""How a run ended: guests' end states compared with their start, and what the exit code says."""
+
+from __future__ import annotations
+
+from hostupdate.durations import format_duration
+from hostupdate.engine.pause import Pause
+from hostupdate.engine.ports import Hands
+from hostupdate.errors import GuestError, HypervisorError
+from hostupdate.model import (
+    ExitCode,
+    GuestReport,
+    GuestState,
+    Impact,
+    ImpactReport,
+    Outcome,
+    Plan,
+    Report,
+)
+
+
+def new_report(run_id: str, plan: Plan, started_realtime_ns: int) -> Report:
+    """A report with what is known before the run."""
+    return Report(
+        run_id=run_id,
+        update=plan.update,
+        started_realtime_ns=started_realtime_ns,
+        impact=ImpactReport(requested=plan.requested, judged=plan.judged, actual=plan.actual),
+        method=plan.method,
+        budget_ns=plan.budget_ns,
+        predicted_blackout_ns=plan.predicted_blackout_ns,
+        reasons=list(plan.warnings),
+        guests=[
+            GuestReport(
+                name=guest.name,
+                uuid=guest.uuid,
+                impact=plan.actual if guest.pause else Impact.NONE,
+                state_before=guest.state,
+                frozen_by=guest.freeze_by,
+                predicted_blackout_ns=plan.predicted_blackout_ns if guest.pause else None,
+                notes=[guest.reason] if guest.reason else [],
+            )
+            for guest in plan.guests
+        ],
+    )
+
+
+class Outcomes:
+    """Judges one run's end, into its report."""
+
+    def __init__(self, plan: Plan, hands: Hands, pause: Pause, report: Report) -> None:
+        self._plan = plan
+        self._hands = hands
+        self._pause = pause
+        self._report = report
+        self._degraded = False
+
+    def degrade(self, reason: str) -> None:
+        """The update was applied, but something promised was missed."""
+        self._degraded = True
+        self._report.reasons.append(reason)
+
+    def verify(self) -> None:
+        """Every paused guest runs, in the same process, and libvirt says so.
+
+        GuestError for the first that does not run; HypervisorError where libvirt does not answer.
+        """
+        failed = self._pause.failed_guest()
+        if failed is not None:
+            raise failed
+        for guest in self._paused_reports():
+            problem = self._observe(guest)
+            if problem:
+                raise GuestError(guest.name, problem)
+        silent = [g.name for g in self._paused_reports() if g.state_after is GuestState.UNKNOWN]
+        if silent:
+            raise HypervisorError(
+                f"libvirt does not answer after the update; {', '.join(silent)} run"
+            )
+
+    def conclude(self, committed: bool) -> None:
+        """Fills in the outcome, the exit code and the totals."""
+        report = self._report
+        self._collect_steps()
+        report.spread_ns = self._pause.spread_ns
+        report.stop_all_ns = self._pause.stop_all_ns
+        report.start_all_ns = self._pause.start_all_ns
+        for guest in self._paused_reports():
+            if guest.paused_monotonic_ns is not None and guest.resumed_monotonic_ns is not None:
+                guest.blackout_ns = guest.resumed_monotonic_ns - guest.paused_monotonic_ns
+        blackouts = [guest.blackout_ns for guest in report.guests if guest.blackout_ns is not None]
+        report.blackout_ns = max(blackouts, default=None)
+        if committed and (report.blackout_ns or 0) > report.budget_ns:
+            self.degrade(
+                f"the blackout was {format_duration(report.blackout_ns or 0)}, "
+                f"the budget {format_duration(report.budget_ns)}"
+            )
+        lost = {} if committed else self._lost()
+        for name, problem in lost.items():
+            report.reasons.append(f"guest {name}: {problem}")
+        if lost:
+            report.outcome, report.exit_code = Outcome.FAILED, ExitCode.GUEST_LOST
+        elif not committed:
+            report.outcome, report.exit_code = Outcome.FAILED, ExitCode.FAILED
+        elif self._degraded:
+            report.outcome, report.exit_code = Outcome.DEGRADED, ExitCode.DEGRADED
+        else:
+            report.outcome, report.exit_code = Outcome.OK, ExitCode.OK
+
+    def _paused_reports(self) -> list[GuestReport]:
+        paused = {guest.uuid for guest in self._plan.paused}
+        return [guest for guest in self._report.guests if guest.uuid in paused]
+
+    def _observe(self, guest: GuestReport) -> str:
+        """Looks at the guest now; returns what is wrong with it, or nothing."""
+        place = self._hands.places[guest.uuid]
+        guest.state_after = self._hands.hypervisor.state(guest.uuid)
+        if not self._hands.is_alive(place.pid, place.started):
+            return f"its QEMU, pid {place.pid}, is gone"
+        if guest.state_after not in (GuestState.RUNNING, GuestState.UNKNOWN):
+            return f"it is {guest.state_after}, it was {guest.state_before}"
+        return ""
+
+    def _lost(self) -> dict[str, str]:
+        problems = self._pause.problems()
+        lost = {}
+        for guest in self._paused_reports():
+            problem = self._observe(guest) or problems.get(guest.uuid, "")
+            if problem:
+                lost[guest.name] = problem
+        return lost
+
+    def _collect_steps(self) -> None:
+        for step in self._report.steps:
+            step.output, step.output_bytes, log = self._hands.steps.output(step.name)
+            step.log = str(log)

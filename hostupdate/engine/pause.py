@@ -1,0 +1,204 @@
+"""Pausing a host's guests together, and letting them run again whatever happens.
+
+Happy path: :meth:`Pause.keep` -> :meth:`arm` -> (:meth:`stop` ->) :meth:`freeze` -> ... ->
+:meth:`thaw` (-> :meth:`resume`) -> :meth:`disarm` -> :meth:`release`.
+
+Unhappy paths:
+
+1. Freezing fails: the C core has told every guest to run; :meth:`let_run` resumes stopped ones.
+2. Anything fails while guests are paused: :meth:`let_run`, from any state, as often as wanted.
+3. The keeper fires: guests are thawed already; stopped ones are resumed by :meth:`let_run`.
+4. This process dies: the keeper thaws, and its recovery command does the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from hostupdate.config import Config
+from hostupdate.engine.ports import Hands, KeeperPort, PausedSet, StampView
+from hostupdate.errors import CoreError, GuestError, HostUpdateError
+from hostupdate.model import Action, FreezeBy, GuestReport, PauseMethod, Plan
+from hostupdate.prediction import RESERVE_NS
+
+#: How long a thaw may take until a guest is called stuck: 20,000 times what it takes.
+_THAW_NS = 2_000_000_000
+
+
+class Pause:
+    """The paused guests of one run. ``reports`` holds what is measured, by uuid."""
+
+    def __init__(
+        self, plan: Plan, config: Config, hands: Hands, reports: dict[str, GuestReport]
+    ) -> None:
+        self._plan = plan
+        self._config = config
+        self._hands = hands
+        self._reports = reports
+        self._guests = plan.paused
+        self._names = [(guest.uuid, guest.name) for guest in self._guests]
+        self._set: PausedSet | None = None
+        self._keeper: KeeperPort | None = None
+        self._freeze_stamps: Sequence[StampView] = ()
+        self._frozen = False
+        self._stopped = False
+        self._armed = False
+        self._problems: dict[str, str] = {}
+        self.keeper_problem = ""  #: what the keeper had to do, or that it is gone
+        self.deadline_ns = 0  #: the keeper's, CLOCK_MONOTONIC; 0 until armed
+        self.spread_ns: int | None = None
+        self.stop_all_ns: int | None = None
+        self.start_all_ns: int | None = None
+
+    @property
+    def steps_end_ns(self) -> int:
+        """When the last blackout step must have ended so that guests run within the budget."""
+        assert self._plan.method is not None
+        return self.deadline_ns - RESERVE_NS[self._plan.method]
+
+    @property
+    def wake_fds(self) -> list[int]:
+        """Readable when the keeper has fired or died."""
+        return [self._keeper.fileno()] if self._keeper is not None else []
+
+    @property
+    def locked_bytes(self) -> int:
+        """Guest RAM that the keeper has locked."""
+        return self._keeper.locked_bytes if self._keeper is not None else 0
+
+    @property
+    def began(self) -> bool:
+        """Some guest may have been paused by now."""
+        return self._stopped or self._frozen
+
+    def keep(self, _action: Action, ram_fds: Sequence[int]) -> None:
+        """Opens everything that pausing needs and starts the keeper, not armed."""
+        places = self._hands.places
+        cgroups = self._hands.cgroups
+        members = []
+        for guest in self._guests:
+            place = places[guest.uuid]
+            cgroup = place.cgroup if guest.freeze_by is FreezeBy.CGROUP else None
+            if guest.isolate and cgroups is not None:
+                cgroup = cgroups.own(guest.uuid)
+            members.append((guest.name, place.pid, cgroup))
+        if self._plan.method is PauseMethod.STOP:
+            self._hands.hypervisor.prepare([uuid for uuid, _ in self._names])
+        self._set = self._hands.core.open_guests(members)
+        self._keeper = self._hands.core.start_keeper(self._set, ram_fds)
+
+    def arm(self, _action: Action) -> None:
+        """Starts the budget's clock."""
+        assert self._keeper is not None
+        self.deadline_ns = time.monotonic_ns() + self._plan.budget_ns
+        self._keeper.arm(self.deadline_ns)
+        self._armed = True
+
+    def stop(self, _action: Action) -> None:
+        """Stops the guests through libvirt. GuestError: none of them is stopped."""
+        self._stopped = True
+        asked = self._hands.hypervisor.stop(self._names, self._config.pause.stop_timeout_ns)
+        for uuid, asked_ns in asked.items():
+            self._reports[uuid].paused_monotonic_ns = asked_ns
+
+    def freeze(self, _action: Action) -> None:
+        """Freezes them all. CoreError: none of them is frozen."""
+        assert self._set is not None
+        self._frozen = True
+        limit_ns = time.monotonic_ns() + self._config.pause.stop_timeout_ns
+        stamps = self._set.freeze(min(limit_ns, self.steps_end_ns))
+        self._freeze_stamps = stamps
+        settled = [stamp.settled_monotonic_ns or 0 for stamp in stamps]
+        self.spread_ns = max(settled) - min(settled)
+        self.stop_all_ns = max(settled) - min(stamp.requested_monotonic_ns for stamp in stamps)
+        for guest, stamp in zip(self._guests, stamps, strict=True):
+            report = self._reports[guest.uuid]
+            if report.paused_monotonic_ns is None:
+                report.paused_monotonic_ns = stamp.requested_monotonic_ns
+
+    def thaw(self, _action: Action | None = None) -> None:
+        """Thaws them all; what does not thaw is remembered for :meth:`problems`."""
+        if not self._frozen:
+            return
+        assert self._set is not None
+        try:
+            stamps = self._set.thaw(time.monotonic_ns() + _THAW_NS)
+        except CoreError as error:
+            stamps = self._set.stamps()
+            stuck = str(error)
+        else:
+            stuck = "its process or its cgroup is gone"
+        self._frozen = False
+        settled = [stamp.settled_monotonic_ns for stamp in stamps]
+        requested = [stamp.requested_monotonic_ns for stamp in stamps]
+        self.start_all_ns = max([ns for ns in settled if ns] or requested) - min(requested)
+        for guest, settled_ns in zip(self._guests, settled, strict=True):
+            if settled_ns is None:
+                self._problems[guest.uuid] = stuck
+            else:
+                self._reports[guest.uuid].resumed_monotonic_ns = settled_ns
+
+    def resume(self, _action: Action | None = None) -> None:
+        """Resumes stopped guests: through libvirt, and where that fails through the guest's own
+        monitor socket."""
+        if not self._stopped:
+            return
+        names = [name for name in self._names if name[0] not in self._problems]
+        timeout_ns = self._config.deadlines.recovery_libvirt_ns
+        for uuid, outcome in self._hands.hypervisor.resume(names, timeout_ns).items():
+            report = self._reports[uuid]
+            if isinstance(outcome, int):
+                report.resumed_monotonic_ns = outcome
+                continue
+            try:
+                self._hands.resume_by_monitor(self._hands.places[uuid].pid, timeout_ns)
+            except HostUpdateError as error:
+                report.resumed_monotonic_ns = None
+                self._problems[uuid] = f"{outcome}; by its monitor: {error}"
+            else:
+                report.resumed_monotonic_ns = time.monotonic_ns()
+                report.notes.append(f"resumed through its monitor socket: {outcome}")
+        self._stopped = False
+
+    def let_run(self) -> None:
+        """From any state: every guest that we paused runs again, or is in :meth:`problems`."""
+        self.thaw()
+        self.resume()
+
+    def problems(self) -> dict[str, str]:
+        """uuid -> why the guest is not known to run again."""
+        return dict(self._problems)
+
+    def alarmed(self) -> bool:
+        """The keeper has fired or is gone."""
+        return self._keeper is not None and self._keeper.alarmed()
+
+    def disarm(self, _action: Action | None = None) -> None:
+        """Tells the keeper that the guests run, which they do."""
+        if self._keeper is None or not self._armed:
+            return
+        self._armed = False
+        try:
+            if self._keeper.disarm():
+                self.keeper_problem = "the budget was over: the keeper let the guests run"
+        except CoreError as error:
+            self.keeper_problem = f"the keeper died during the blackout: {error}"
+
+    def release(self, _action: Action | None = None) -> None:
+        """Ends the keeper and closes the guests' files. Safe to repeat."""
+        self.disarm()
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            try:
+                keeper.stop()
+            except CoreError as error:
+                self.keeper_problem = self.keeper_problem or f"the keeper is gone: {error}"
+        self._hands.core.close()
+
+    def failed_guest(self) -> GuestError | None:
+        """The first guest that is not known to run again, as an error."""
+        for guest in self._guests:
+            if guest.uuid in self._problems:
+                return GuestError(guest.name, self._problems[guest.uuid])
+        return None

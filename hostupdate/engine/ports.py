@@ -1,0 +1,162 @@
+"""What the engine needs of the world, as it needs it. The hands fit these; tests bring fakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hostupdate.model import Action, ArmedRecord, GuestPlace, GuestState, Phase, Report
+
+
+class StampView(Protocol):
+    """When a guest was asked to stop or run, and when it was seen to (CLOCK_MONOTONIC)."""
+
+    @property
+    def requested_monotonic_ns(self) -> int: ...
+    @property
+    def settled_monotonic_ns(self) -> int | None: ...
+
+
+class PausedSet(Protocol):
+    """The guests of a run, prepared for one call each way (core.freezer.GuestSet)."""
+
+    def freeze(self, deadline_monotonic_ns: int) -> Sequence[StampView]: ...
+    def thaw(self, deadline_monotonic_ns: int) -> Sequence[StampView]: ...
+    def stamps(self) -> Sequence[StampView]: ...
+
+
+class KeeperPort(Protocol):
+    """The dead-man process. ``fileno`` is readable once it has fired or died."""
+
+    @property
+    def locked_bytes(self) -> int: ...
+    def fileno(self) -> int: ...
+    def alarmed(self) -> bool: ...
+    def arm(self, deadline_monotonic_ns: int) -> None: ...
+    def disarm(self) -> bool: ...
+    def stop(self) -> None: ...
+
+
+class CorePort(Protocol):
+    """The C core."""
+
+    def open_guests(self, guests: Sequence[tuple[str, int, str | None]]) -> PausedSet:
+        """Of each guest (label, pid, cgroup or None for signals)."""
+
+    def start_keeper(self, guests: PausedSet, ram_fds: Sequence[int]) -> KeeperPort: ...
+    def close(self) -> None: ...
+    def host_clock(self) -> tuple[int, int]:
+        """CLOCK_REALTIME minus CLOCK_MONOTONIC, and its uncertainty, in ns."""
+
+
+class RamView(Protocol):
+    """Sizes of one guest's RAM, in bytes."""
+
+    @property
+    def ram_bytes(self) -> int: ...
+    @property
+    def resident_bytes(self) -> int: ...
+    @property
+    def swapped_bytes(self) -> int: ...
+
+
+class RamPort(Protocol):
+    """A guest's memory."""
+
+    def measure(self, pid: int) -> RamView: ...
+    def open_shared(self, pid: int) -> list[int]: ...
+    def prepare_digest(self, pid: int) -> Callable[[], tuple[str, int]]:
+        """A call that digests the guest's RAM: (hex, pages read)."""
+
+    def major_faults(self, pid: int) -> int: ...
+
+
+class HypervisorPort(Protocol):
+    """Guests through libvirt."""
+
+    def prepare(self, uuids: Sequence[str]) -> None: ...
+    def stop(self, guests: Sequence[tuple[str, str]], timeout_ns: int) -> dict[str, int]: ...
+    def resume(
+        self, guests: Sequence[tuple[str, str]], timeout_ns: int
+    ) -> Mapping[str, int | Exception]: ...
+    def state(self, uuid: str, timeout_ns: int | None = None) -> GuestState: ...
+
+
+class CgroupsPort(Protocol):
+    """The cgroup v2 tree."""
+
+    @property
+    def mount(self) -> Path: ...
+    def own(self, uuid: str) -> str: ...
+    def isolate(self, pid: int, home: str, uuid: str) -> str: ...
+    def restore(self, pid: int | None, own: str, home: str) -> None: ...
+    def memory_min_changes(
+        self, wanted: Iterable[tuple[str, int]]
+    ) -> dict[str, tuple[str, str]]: ...
+    def set_memory_min(self, values: dict[str, str]) -> None: ...
+    def memory_current(self, cgroup: str) -> int: ...
+
+
+class StepResultView(Protocol):
+    @property
+    def exit(self) -> int | None: ...
+    @property
+    def duration_ns(self) -> int: ...
+    @property
+    def problem(self) -> str: ...
+
+
+class StepsPort(Protocol):
+    """The manifest's steps, prepared."""
+
+    def run(self, name: str, deadline_ns: int, wake_fds: Sequence[int]) -> StepResultView: ...
+    def undo(self, name: str, timeout_ns: int) -> bool: ...
+    def output(self, name: str) -> tuple[str, int, Path]: ...
+    def reap(self) -> None: ...
+
+
+class JournalPort(Protocol):
+    """The state directory."""
+
+    def arm(self, record: ArmedRecord) -> None: ...
+    def disarm(self) -> None: ...
+    def save_report(self, report: Report) -> None: ...
+
+
+class ProgressPort(Protocol):
+    """Whoever watches. Called only while guests run; a blackout's events come after it."""
+
+    def phase(self, phase: Phase) -> None: ...
+    def started(self, action: Action) -> None: ...
+    def ended(self, action: Action, duration_ns: int, problem: str) -> None: ...
+    def undone(self, action: Action, problem: str) -> None: ...
+
+
+class InterruptsPort(Protocol):
+    """Signals that ask the run to stop. ``fileno`` is readable once one has come."""
+
+    def fileno(self) -> int: ...
+    def pending(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hands:
+    """Everything the engine may touch the world with.
+
+    ``resume_by_monitor(pid, timeout_ns)`` resumes a guest without libvirt; ``is_alive(pid,
+    started)`` tells whether that process still lives; ``places`` maps a guest's uuid to its place.
+    """
+
+    hypervisor: HypervisorPort
+    cgroups: CgroupsPort | None
+    core: CorePort
+    ram: RamPort
+    steps: StepsPort
+    journal: JournalPort
+    progress: ProgressPort
+    interrupts: InterruptsPort
+    resume_by_monitor: Callable[[int, int], None]
+    is_alive: Callable[[int, float], bool]
+    places: Mapping[str, GuestPlace]

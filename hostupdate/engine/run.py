@@ -1,0 +1,325 @@
+"""One run: a plan's actions in their order, and on failure guests first, then undo in reverse."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable
+
+from hostupdate.config import Config
+from hostupdate.engine.outcome import Outcomes, new_report
+from hostupdate.engine.pause import Pause
+from hostupdate.engine.ports import Hands
+from hostupdate.engine.residency import Residency
+from hostupdate.errors import HostUpdateError, Interrupted, StepError
+from hostupdate.model import (
+    Action,
+    ArmedGuest,
+    ArmedRecord,
+    HostClockReport,
+    Phase,
+    PhaseReport,
+    Plan,
+    Protection,
+    Report,
+    StepReport,
+)
+
+#: For steps of stage and finish that name no time-out of their own.
+_BROWNOUT_STEP_NS = 600_000_000_000
+_UNDO_NS = 60_000_000_000
+
+
+class Run:
+    """Executes one plan once. ``uri`` is the hypervisor's, for whoever has to recover."""
+
+    def __init__(self, run_id: str, plan: Plan, config: Config, hands: Hands, uri: str) -> None:
+        self._run_id = run_id
+        self._plan = plan
+        self._config = config
+        self._hands = hands
+        self._uri = uri
+        self._report = new_report(run_id, plan, time.time_ns())
+        guests = {guest.uuid: guest for guest in self._report.guests}
+        self._pause = Pause(plan, config, hands, guests)
+        self._residency = Residency(plan, hands, guests)
+        self._outcomes = Outcomes(plan, hands, self._pause, self._report)
+        self._undo: list[tuple[Action, Callable[[], None]]] = []
+        self._memory_min: dict[str, tuple[str, str]] = {}
+        self._told: list[Callable[[], None]] = []
+        self._committed = False
+        self._doing: dict[str, Callable[[Action], None]] = {
+            "step": self._step,
+            "record": self._record,
+            "measure": lambda _: self._residency.measure(),
+            "isolate": self._isolate,
+            "protect": self._protect,
+            "keeper": self._keep,
+            "arm": self._arm,
+            "stop": self._pause.stop,
+            "freeze": self._pause.freeze,
+            "digest": lambda _: self._residency.digest(),
+            "compare": lambda _: self._residency.compare(),
+            "thaw": self._pause.thaw,
+            "resume": self._pause.resume,
+            "disarm": self._pause.disarm,
+            "release": self._release,
+            "verify": self._verify,
+        }
+
+    def execute(self) -> Report:
+        """Runs to the end, whatever happens, and returns the report, which is on disk then.
+
+        Raises nothing that went wrong in the run: the report's outcome, exit code and reasons say
+        it. Every guest that was paused runs when this returns, or is named in the reasons.
+        """
+        self._clock_before()
+        try:
+            for action in self._plan.actions:
+                self._enter(action.phase)
+                self._perform(action)
+            self._committed = True
+        except Exception as error:  # a bug of ours included: guests run before all else
+            if self._committed:
+                self._outcomes.degrade(_words(error))
+            else:
+                self._fail(error)
+        self._end_phase()
+        self._flush_progress()
+        self._hands.steps.reap()
+        self._clock_after()
+        self._outcomes.conclude(self._committed)
+        self._hands.journal.save_report(self._report)
+        return self._report
+
+    def _enter(self, phase: Phase) -> None:
+        phases = self._report.phases
+        if phases and phases[-1].name is phase:
+            return
+        self._end_phase()
+        phases.append(PhaseReport(name=phase, start_ns=time.monotonic_ns()))
+        if phase is Phase.BLACKOUT:
+            self._residency_counters()
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        else:
+            gc.enable()
+            self._flush_progress()
+        if phase is Phase.FINISH and self._plan.method is None:
+            self._committed = True
+        self._tell(lambda: self._hands.progress.phase(phase))
+
+    def _end_phase(self) -> None:
+        if self._report.phases and self._report.phases[-1].end_ns is None:
+            self._report.phases[-1].end_ns = time.monotonic_ns()
+
+    def _residency_counters(self) -> None:
+        if self._plan.method is not None:
+            self._residency.count_faults()
+
+    def _tell(self, event: Callable[[], None]) -> None:
+        """A terminal can block; while guests are paused nobody writes to it."""
+        self._told.append(event)
+        if self._report.phases[-1].name is not Phase.BLACKOUT or self._plan.method is None:
+            self._flush_progress()
+
+    def _flush_progress(self) -> None:
+        told, self._told = self._told, []
+        for event in told:
+            event()
+
+    def _perform(self, action: Action) -> None:
+        self._check_interrupted()
+        self._tell(lambda: self._hands.progress.started(action))
+        self._report.actions.append(action.title)
+        start_ns = time.monotonic_ns()
+        problem = ""
+        try:
+            self._doing[action.kind](action)
+        except Exception as error:
+            problem = _words(error)
+            raise
+        finally:
+            took_ns = time.monotonic_ns() - start_ns
+            self._tell(lambda: self._hands.progress.ended(action, took_ns, problem))
+
+    def _check_interrupted(self) -> None:
+        signal = self._hands.interrupts.pending()
+        if signal is not None and not self._committed:
+            raise Interrupted(f"stopped by {signal}")
+
+    # ---- the actions that are not the pause's or the residency's own
+
+    def _step(self, action: Action) -> None:
+        now_ns = time.monotonic_ns()
+        paused = action.phase is Phase.BLACKOUT and self._plan.method is not None
+        if paused:
+            deadline_ns = self._pause.steps_end_ns
+            if action.timeout_ns is not None:
+                deadline_ns = min(deadline_ns, now_ns + action.timeout_ns)
+        else:
+            deadline_ns = now_ns + (action.timeout_ns or _BROWNOUT_STEP_NS)
+        wake_fds = [self._hands.interrupts.fileno()]
+        if paused:
+            wake_fds += self._pause.wake_fds
+        report = StepReport(name=action.step, phase=action.phase)
+        self._report.steps.append(report)
+        self._undo.append((action, lambda: self._undo_step(action, report)))
+        result = self._hands.steps.run(action.step, deadline_ns, wake_fds)
+        report.exit, report.duration_ns, report.problem = (
+            result.exit, result.duration_ns, result.problem,
+        )  # fmt: skip
+        if result.problem:
+            self._check_interrupted()
+            if paused and self._pause.alarmed():
+                report.problem += ": the budget is over, the keeper has let the guests run"
+            raise StepError(action.step, report.problem)
+
+    def _undo_step(self, action: Action, report: StepReport) -> None:
+        self._hands.steps.reap()
+        if action.undo:
+            report.undone = False
+            report.undone = self._hands.steps.undo(action.step, _UNDO_NS)
+            self._report.undone.append(action.step)
+
+    def _record(self, action: Action) -> None:
+        places = self._hands.places
+        cgroups = self._hands.cgroups
+        armed = []
+        wanted = []
+        for guest in self._plan.paused:
+            place = places[guest.uuid]
+            home = place.cgroup
+            own = cgroups.own(guest.uuid) if cgroups is not None and guest.isolate else None
+            if guest.protection is Protection.MEMORY_MIN and cgroups is not None and home:
+                wanted.append((home, cgroups.memory_current(home)))
+            armed.append(
+                ArmedGuest(
+                    name=guest.name,
+                    uuid=guest.uuid,
+                    pid=place.pid,
+                    started=place.started,
+                    cgroup=own or home,
+                    home_cgroup=home if own else None,
+                )
+            )
+        if cgroups is not None and wanted:
+            self._memory_min = cgroups.memory_min_changes(wanted)
+        assert self._plan.method is not None
+        self._undo.append((action, self._hands.journal.disarm))
+        self._hands.journal.arm(
+            ArmedRecord(
+                run_id=self._run_id,
+                uri=self._uri,
+                pid=os.getpid(),
+                method=self._plan.method,
+                cgroup2=str(cgroups.mount) if cgroups is not None else None,
+                memory_min={cgroup: old for cgroup, (old, _) in self._memory_min.items()},
+                guests=tuple(armed),
+            )
+        )
+
+    def _isolate(self, action: Action) -> None:
+        cgroups = self._hands.cgroups
+        assert cgroups is not None
+        self._undo.append((action, self._bring_home))
+        for guest in self._plan.paused:
+            place = self._hands.places[guest.uuid]
+            if guest.isolate and place.cgroup is not None:
+                cgroups.isolate(place.pid, place.cgroup, guest.uuid)
+
+    def _bring_home(self) -> None:
+        cgroups = self._hands.cgroups
+        for guest in self._plan.paused:
+            place = self._hands.places[guest.uuid]
+            if guest.isolate and place.cgroup is not None and cgroups is not None:
+                alive = self._hands.is_alive(place.pid, place.started)
+                cgroups.restore(place.pid if alive else None, cgroups.own(guest.uuid), place.cgroup)
+
+    def _protect(self, action: Action) -> None:
+        assert self._hands.cgroups is not None
+        self._undo.append((action, self._unprotect))
+        self._hands.cgroups.set_memory_min({c: new for c, (_, new) in self._memory_min.items()})
+
+    def _unprotect(self) -> None:
+        if self._hands.cgroups is not None:
+            old = {cgroup: old for cgroup, (old, _) in self._memory_min.items()}
+            self._hands.cgroups.set_memory_min(old)
+
+    def _keep(self, action: Action) -> None:
+        self._undo.append((action, self._pause.release))
+        fds = self._residency.open_lockable()
+        try:
+            self._pause.keep(action, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        locked_bytes = self._pause.locked_bytes
+        for guest in self._report.guests:
+            if guest.residency.protection is Protection.LOCKED:
+                guest.residency.locked_bytes = locked_bytes
+
+    def _arm(self, action: Action) -> None:
+        self._undo.append((action, self._pause.disarm))
+        self._pause.arm(action)
+
+    def _release(self, action: Action) -> None:
+        self._pause.release(action)
+        self._bring_home()
+        self._unprotect()
+        self._hands.journal.disarm()
+
+    def _verify(self, _action: Action) -> None:
+        self._outcomes.verify()
+        if self._pause.keeper_problem:
+            self._outcomes.degrade(self._pause.keeper_problem)
+        for finding in self._residency.conclude():
+            self._outcomes.degrade(finding)
+        self._committed = True
+
+    # ---- failure
+
+    def _fail(self, error: Exception) -> None:
+        self._pause.let_run()
+        self._pause.disarm()
+        self._end_phase()
+        gc.enable()
+        self._flush_progress()
+        self._report.reasons.append(_words(error))
+        for action, undo in reversed(self._undo):
+            problem = ""
+            try:
+                undo()
+            except Exception as undo_error:  # the other undos run whatever this one does
+                problem = _words(undo_error)
+                self._report.reasons.append(f"undo of {action.title!r}: {problem}")
+            if action.undo:
+                self._hands.progress.undone(action, problem)
+        self._undo.clear()
+        if self._pause.began:
+            self._residency.conclude()
+        if self._pause.keeper_problem:
+            self._report.reasons.append(self._pause.keeper_problem)
+
+    # ---- the host's clock
+
+    def _clock_before(self) -> None:
+        offset_ns, uncertainty_ns = self._hands.core.host_clock()
+        self._report.host_clock = HostClockReport(
+            before_ns=offset_ns, uncertainty_ns=uncertainty_ns
+        )
+
+    def _clock_after(self) -> None:
+        offset_ns, uncertainty_ns = self._hands.core.host_clock()
+        clock = self._report.host_clock
+        assert clock is not None
+        clock.after_ns = offset_ns
+        clock.uncertainty_ns += uncertainty_ns
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, HostUpdateError | OSError):
+        return str(error)
+    return f"internal error: {type(error).__name__}: {error}"

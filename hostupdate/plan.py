@@ -1,0 +1,278 @@
+"""From a manifest, the configuration and the guests of a host to a plan, or to a refusal.
+
+Pure: facts come in, a :class:`~hostupdate.model.Plan` goes out, and nothing is touched. What the
+plan lists is what the engine executes; there is no second description of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hostupdate.config import Config
+from hostupdate.durations import format_duration
+from hostupdate.errors import RefusedError
+from hostupdate.manifest import Manifest, Step
+from hostupdate.model import (
+    HARD_CAP_NS,
+    Action,
+    FreezeBy,
+    GuestState,
+    Impact,
+    LocatedGuest,
+    PauseMethod,
+    Phase,
+    Plan,
+    PlannedGuest,
+    Protection,
+)
+from hostupdate.prediction import RESERVE_NS, blackout_ceiling_ns
+
+#: A guest's soft-lockup watchdog barks after this long without a pause that it knows of
+#: (kernel.watchdog_thresh 10 s, doubled; Documentation/admin-guide/lockup-watchdogs.rst).
+GUEST_WATCHDOG_NS = 20_000_000_000
+
+
+def make_plan(
+    manifest: Manifest,
+    config: Config,
+    guests: Sequence[LocatedGuest],
+    *,
+    cgroup2: bool,
+    verify_ram: str,
+    method: str,
+    max_impact: Impact | None = None,
+    budget_ns: int | None = None,
+) -> Plan:
+    """Decides everything about a run.
+
+    ``verify_ram`` is sampled, full or off; ``method`` auto, freeze or stop. Raises RefusedError
+    with every reason found, not only the first; nothing was touched then.
+    """
+    judged = _judge(manifest)
+    requested = manifest.update.impact
+    actual = judged if requested == "auto" else _higher(judged, Impact(requested))
+    reasons = _blockers(manifest, actual, max_impact)
+
+    planned = tuple(_plan_guest(located, actual, cgroup2, config, verify_ram) for located in guests)
+    reasons += [
+        f"guest {located.guest.name}: {located.problem}"
+        for located in guests
+        if located.problem and actual is not Impact.NONE
+    ]
+    budget_ns = _budget_ns(manifest, config, guests, budget_ns)
+
+    chosen: PauseMethod | None = None
+    method_reason = "no guest needs to be paused"
+    predicted_ns: int | None = None
+    pauses = actual is not Impact.NONE and any(guest.pause for guest in planned)
+    if pauses:
+        timeouts_ns = [step.timeout_ns for step in manifest.steps_in(Phase.BLACKOUT)]
+        chosen, method_reason = _choose_method(method, timeouts_ns, config, budget_ns)
+        ceiling_ns = blackout_ceiling_ns(timeouts_ns, chosen)
+        predicted_ns = budget_ns if ceiling_ns is None else ceiling_ns
+        if predicted_ns > budget_ns or RESERVE_NS[chosen] >= budget_ns:
+            reasons.append(
+                f"the blackout may last {format_duration(predicted_ns)} (time-outs of its steps "
+                f"and {format_duration(RESERVE_NS[chosen])} to let guests run again), "
+                f"the budget is {format_duration(budget_ns)}: "
+                "lower the steps' time-outs or raise the budget"
+            )
+    if reasons:
+        raise RefusedError(reasons)
+
+    return Plan(
+        update=manifest.update.name,
+        requested=requested,
+        judged=judged,
+        actual=actual if pauses else Impact.NONE,
+        method=chosen,
+        method_reason=method_reason,
+        budget_ns=budget_ns,
+        predicted_blackout_ns=predicted_ns,
+        guests=planned,
+        actions=_actions(manifest, planned, chosen, budget_ns),
+        warnings=_warnings(planned, chosen, predicted_ns),
+    )
+
+
+def _judge(manifest: Manifest) -> Impact:
+    if manifest.update.reboot_only:
+        return Impact.REBOOT
+    return Impact.PAUSE if manifest.steps_in(Phase.BLACKOUT) else Impact.NONE
+
+
+def _higher(one: Impact, other: Impact) -> Impact:
+    return one if one.rank >= other.rank else other
+
+
+def _blockers(manifest: Manifest, actual: Impact, max_impact: Impact | None) -> list[str]:
+    reasons = []
+    if manifest.packages is not None:
+        reasons.append(
+            "[packages]: this version does not judge packages yet; "
+            "write the installation as steps (download in stage, install in blackout)"
+        )
+    if actual is Impact.REBOOT:
+        reasons.append("the update needs a reboot of the host: guests cannot be kept over that")
+    elif actual.rank > Impact.PAUSE.rank:
+        reasons.append(f"impact {actual}: this version can do none and pause only")
+    if max_impact is not None and actual.rank > max_impact.rank:
+        reasons.append(f"impact {actual} is above the allowed {max_impact}")
+    return reasons
+
+
+def _plan_guest(
+    located: LocatedGuest, actual: Impact, cgroup2: bool, config: Config, verify_ram: str
+) -> PlannedGuest:
+    guest, place = located.guest, located.place
+    reason = ""
+    if actual is Impact.NONE:
+        reason = "the update needs no pause"
+    elif guest.state is not GuestState.RUNNING:
+        reason = f"it is {guest.state}"
+    elif place is not None and place.frozen:
+        reason = "its owner has frozen its cgroup"
+    if reason or place is None:
+        return PlannedGuest(
+            name=guest.name, uuid=guest.uuid, state=guest.state, pause=False,
+            reason=reason or located.problem,
+        )  # fmt: skip
+
+    if cgroup2 and place.memory_controller and not place.shared_cgroup:
+        protection = Protection.MEMORY_MIN
+    elif place.shared_ram and config.residency.lock:
+        protection = Protection.LOCKED
+    else:
+        protection = Protection.NONE
+    digest_reason = ""
+    if verify_ram == "off":
+        digest_reason = "switched off"
+    elif place.dma_writers:
+        digest_reason = "while frozen its RAM may be written by " + ", ".join(place.dma_writers)
+    return PlannedGuest(
+        name=guest.name,
+        uuid=guest.uuid,
+        state=guest.state,
+        pause=True,
+        freeze_by=FreezeBy.CGROUP if cgroup2 else FreezeBy.SIGNAL,
+        isolate=cgroup2 and place.shared_cgroup,
+        protection=protection,
+        digest_reason=digest_reason,
+    )
+
+
+def _budget_ns(
+    manifest: Manifest, config: Config, guests: Sequence[LocatedGuest], asked_ns: int | None
+) -> int:
+    wishes = [HARD_CAP_NS, config.budget.host_ns, manifest.update.budget_ns, asked_ns]
+    wishes += [
+        located.guest.policy.max_blackout_ns
+        for located in guests
+        if located.guest.state is GuestState.RUNNING
+    ]
+    return min(wish for wish in wishes if wish is not None)
+
+
+def _choose_method(
+    method: str, timeouts_ns: Sequence[int | None], config: Config, budget_ns: int
+) -> tuple[PauseMethod, str]:
+    if method != "auto":
+        return PauseMethod(method), "asked for"
+    limit_ns = config.pause.freeze_limit_ns
+    ceiling_ns = blackout_ceiling_ns(timeouts_ns, PauseMethod.FREEZE)
+    longest_ns = budget_ns if ceiling_ns is None else ceiling_ns
+    text = f"at most {format_duration(longest_ns)}, limit for freeze {format_duration(limit_ns)}"
+    return (PauseMethod.FREEZE if longest_ns <= limit_ns else PauseMethod.STOP), text
+
+
+def _warnings(
+    guests: Sequence[PlannedGuest], method: PauseMethod | None, predicted_ns: int | None
+) -> tuple[str, ...]:
+    found = []
+    if method is PauseMethod.FREEZE and (predicted_ns or 0) > GUEST_WATCHDOG_NS:
+        found.append("frozen longer than 20 s, a guest reports a soft lockup: prefer method stop")
+    if any(guest.freeze_by is FreezeBy.SIGNAL for guest in guests):
+        found.append("no cgroup v2 on this host: guests are stopped by SIGSTOP")
+    unprotected = [g.name for g in guests if g.pause and g.protection is Protection.NONE]
+    if unprotected:
+        found.append(
+            "nothing keeps the pages of " + ", ".join(unprotected) + " in RAM during the pause; "
+            "swapping is measured and reported"
+        )
+    return tuple(found)
+
+
+def _actions(
+    manifest: Manifest,
+    guests: Sequence[PlannedGuest],
+    method: PauseMethod | None,
+    budget_ns: int,
+) -> tuple[Action, ...]:
+    actions = [_step(step) for step in manifest.steps_in(Phase.STAGE)]
+    paused = [guest for guest in guests if guest.pause]
+    if method is None or not paused:
+        actions += [_step(step) for step in manifest.steps_in(Phase.BLACKOUT)]
+    else:
+        actions += _pause_actions(manifest, paused, method, budget_ns)
+    actions += [_step(step) for step in manifest.steps_in(Phase.FINISH)]
+    return tuple(actions)
+
+
+def _step(step: Step) -> Action:
+    return Action(
+        phase=Phase(step.phase),
+        kind="step",
+        title=f"run {step.name!r}",
+        step=step.name,
+        argv=tuple(step.run),
+        undo=f"run {' '.join(step.undo)}" if step.undo else "",
+        timeout_ns=step.timeout_ns,
+    )
+
+
+def _pause_actions(
+    manifest: Manifest, paused: Sequence[PlannedGuest], method: PauseMethod, budget_ns: int
+) -> list[Action]:
+    names = ", ".join(guest.name for guest in paused)
+    isolated = ", ".join(guest.name for guest in paused if guest.isolate)
+    protected = ", ".join(g.name for g in paused if g.protection is Protection.MEMORY_MIN)
+    locked = ", ".join(g.name for g in paused if g.protection is Protection.LOCKED)
+    digested = ", ".join(guest.name for guest in paused if not guest.digest_reason)
+    by_signal = any(guest.freeze_by is FreezeBy.SIGNAL for guest in paused)
+
+    def action(phase: Phase, kind: str, title: str, undo: str = "") -> Action:
+        return Action(phase=phase, kind=kind, title=title, undo=undo)
+
+    stage, blackout, finish = Phase.STAGE, Phase.BLACKOUT, Phase.FINISH
+    actions = [
+        action(stage, "record", "write what recovery must know", "remove it"),
+        action(stage, "measure", f"measure the RAM of {names}"),
+    ]
+    if isolated:
+        actions.append(
+            action(stage, "isolate", f"move {isolated} to a cgroup of its own", "move back")
+        )
+    if protected:
+        actions.append(
+            action(stage, "protect", f"raise memory.min for {protected}", "restore memory.min")
+        )
+    keeper = "start the keeper" + (f", which locks the RAM of {locked}" if locked else "")
+    actions.append(action(stage, "keeper", keeper, "end the keeper"))
+    arm = f"arm the keeper: guests run again within {format_duration(budget_ns)}"
+    actions.append(action(blackout, "arm", arm, "disarm the keeper"))
+    if method is PauseMethod.STOP:
+        actions.append(action(blackout, "stop", f"stop {names} through libvirt", "resume"))
+    how = "SIGSTOP" if by_signal else "freeze"
+    actions.append(action(blackout, "freeze", f"{how} {names}", "thaw"))
+    if digested:
+        actions.append(action(blackout, "digest", f"digest the RAM of {digested}"))
+    actions += [_step(step) for step in manifest.steps_in(blackout)]
+    if digested:
+        actions.append(action(blackout, "compare", f"digest the RAM of {digested} again"))
+    actions.append(action(blackout, "thaw", f"thaw {names}"))
+    if method is PauseMethod.STOP:
+        actions.append(action(blackout, "resume", f"resume {names} through libvirt"))
+    actions.append(action(finish, "disarm", "disarm the keeper"))
+    actions.append(action(finish, "release", "end the keeper and put guests' cgroups back"))
+    actions.append(action(finish, "verify", f"verify the state and the RAM of {names}"))
+    return actions

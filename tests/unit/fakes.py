@@ -1,0 +1,319 @@
+"""A host in memory: fakes below the engine's ports, which write down what was done to them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hostupdate.engine import Hands
+from hostupdate.errors import CoreError, GuestError, HypervisorError
+from hostupdate.guestpolicy import GuestPolicy
+from hostupdate.model import (
+    Action,
+    ArmedRecord,
+    Guest,
+    GuestPlace,
+    GuestState,
+    LocatedGuest,
+    Phase,
+    Report,
+)
+
+
+def located(
+    name: str,
+    *,
+    state: GuestState = GuestState.RUNNING,
+    policy: GuestPolicy | None = None,
+    problem: str = "",
+    **place: object,
+) -> LocatedGuest:
+    """A guest and its place; keywords change single facts of the place."""
+    number = int.from_bytes(name.encode(), "big") % 90000 + 1000
+    guest = Guest(
+        name=name,
+        uuid=f"uuid-{name}",
+        state=state,
+        memory_bytes=1 << 28,
+        vcpus=1,
+        policy=policy or GuestPolicy(),
+    )
+    facts: dict[str, object] = {
+        "pid": number,
+        "started": 1.0,
+        "cgroup": f"/machine/{name}",
+        "shared_cgroup": False,
+        "frozen": False,
+        "memory_controller": False,
+        "shared_ram": True,
+        "dma_writers": (),
+    } | place
+    known = state is GuestState.RUNNING and not problem
+    return LocatedGuest(
+        guest=guest,
+        place=GuestPlace(**facts) if known else None,  # type: ignore[arg-type]
+        problem=problem,
+    )
+
+
+@dataclass(frozen=True)
+class Stamp:
+    requested_monotonic_ns: int
+    settled_monotonic_ns: int | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    ram_bytes: int = 1 << 28
+    resident_bytes: int = 1 << 27
+    swapped_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    exit: int | None = 0
+    duration_ns: int = 1000
+    problem: str = ""
+
+
+@dataclass
+class World:
+    """What happened, in order, in ``log``; what is to go wrong, in the other fields."""
+
+    log: list[str] = field(default_factory=list)
+    frozen: set[str] = field(default_factory=set)
+    stopped: set[str] = field(default_factory=set)
+    dead: set[int] = field(default_factory=set)
+    silent: bool = False  #: libvirt does not answer
+    monitors: bool = True  #: guests' own monitor sockets answer
+    fail: dict[str, Exception] = field(default_factory=dict)  #: log entry -> raised after it
+    results: dict[str, Result] = field(default_factory=dict)  #: step -> how it ends
+    on: dict[str, Callable[[], None]] = field(default_factory=dict)  #: log entry -> side effect
+    faults: int = 0
+    digests: list[str] = field(default_factory=lambda: ["same"])
+    keeper_fires: bool = False
+    keeper_dies: bool = False
+    signal: str | None = None
+    armed: ArmedRecord | None = None
+    saved: Report | None = None
+
+    def note(self, entry: str) -> None:
+        self.log.append(entry)
+        if entry in self.on:
+            self.on[entry]()
+        if entry in self.fail:
+            raise self.fail[entry]
+
+
+class FakeSet:
+    def __init__(self, world: World, names: Sequence[str]) -> None:
+        self._world = world
+        self._names = names
+        self._stamps: list[Stamp] = []
+
+    def freeze(self, deadline_monotonic_ns: int) -> list[Stamp]:
+        self._world.note("freeze")
+        self._world.frozen.update(self._names)
+        self._stamps = [Stamp(1000, 2000 + 10 * n) for n, _ in enumerate(self._names)]
+        return self._stamps
+
+    def thaw(self, deadline_monotonic_ns: int) -> list[Stamp]:
+        self._world.note("thaw")
+        self._world.frozen.clear()
+        self._stamps = [Stamp(5000, 6000 + 10 * n) for n, _ in enumerate(self._names)]
+        return self._stamps
+
+    def stamps(self) -> list[Stamp]:
+        return [Stamp(5000, None) for _ in self._names]
+
+
+class FakeKeeper:
+    locked_bytes = 4096
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._read, self._write = os.pipe()
+
+    def fileno(self) -> int:
+        return self._read
+
+    def alarmed(self) -> bool:
+        return self._world.keeper_fires
+
+    def arm(self, deadline_monotonic_ns: int) -> None:
+        self._world.note("arm")
+
+    def disarm(self) -> bool:
+        self._world.note("disarm")
+        if self._world.keeper_dies:
+            raise CoreError("hu_keeper_disarm", 32)
+        return self._world.keeper_fires
+
+    def stop(self) -> None:
+        os.close(self._read)
+        os.close(self._write)
+        self._world.note("keeper-end")
+
+
+class FakeHands:
+    """Every port at once."""
+
+    mount = Path("/fake")
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._signals, self._signal_writer = os.pipe()
+
+    def close_pipes(self) -> None:
+        os.close(self._signals)
+        os.close(self._signal_writer)
+
+    # core
+    def open_guests(self, guests: Sequence[tuple[str, int, str | None]]) -> FakeSet:
+        return FakeSet(self.world, [name for name, _, _ in guests])
+
+    def start_keeper(self, guests: object, ram_fds: Sequence[int]) -> FakeKeeper:
+        self.world.note("keeper")
+        return FakeKeeper(self.world)
+
+    def close(self) -> None:
+        pass
+
+    def host_clock(self) -> tuple[int, int]:
+        return 7, 1
+
+    # memory
+    def measure(self, pid: int) -> Sizes:
+        return Sizes()
+
+    def open_shared(self, pid: int) -> list[int]:
+        return []
+
+    def prepare_digest(self, pid: int) -> Callable[[], tuple[str, int]]:
+        def digest() -> tuple[str, int]:
+            digests = self.world.digests
+            return digests.pop(0) if len(digests) > 1 else digests[0], 10
+
+        return digest
+
+    def major_faults(self, pid: int) -> int:
+        if "thaw" in self.world.log:
+            return self.world.faults
+        return 0
+
+    # libvirt
+    def prepare(self, uuids: Sequence[str]) -> None:
+        pass
+
+    def stop(self, guests: Sequence[tuple[str, str]], timeout_ns: int) -> dict[str, int]:
+        self.world.note("stop")
+        self.world.stopped.update(uuid for uuid, _ in guests)
+        return {uuid: 500 for uuid, _ in guests}
+
+    def resume(
+        self, guests: Sequence[tuple[str, str]], timeout_ns: int
+    ) -> Mapping[str, int | Exception]:
+        self.world.note("resume")
+        if self.world.silent:
+            return {uuid: GuestError(name, "libvirt is away") for uuid, name in guests}
+        self.world.stopped.clear()
+        return {uuid: 7000 for uuid, _ in guests}
+
+    def state(self, uuid: str, timeout_ns: int | None = None) -> GuestState:
+        if self.world.silent:
+            return GuestState.UNKNOWN
+        return GuestState.PAUSED if uuid in self.world.stopped else GuestState.RUNNING
+
+    def resume_by_monitor(self, pid: int, timeout_ns: int) -> None:
+        self.world.note(f"monitor {pid}")
+        if not self.world.monitors:
+            raise HypervisorError("taken")
+
+    def is_alive(self, pid: int, started: float) -> bool:
+        return pid not in self.world.dead
+
+    # cgroups
+    def own(self, uuid: str) -> str:
+        return f"/hostupdate/{uuid}"
+
+    def isolate(self, pid: int, home: str, uuid: str) -> str:
+        self.world.note(f"isolate {uuid}")
+        return self.own(uuid)
+
+    def restore(self, pid: int | None, own: str, home: str) -> None:
+        self.world.note(f"home {own}")
+
+    def memory_min_changes(self, wanted: Iterable[tuple[str, int]]) -> dict[str, tuple[str, str]]:
+        return {cgroup: ("0", str(size)) for cgroup, size in wanted}
+
+    def set_memory_min(self, values: dict[str, str]) -> None:
+        for cgroup, value in values.items():
+            self.world.note(f"memory.min {cgroup}={value}")
+
+    def memory_current(self, cgroup: str) -> int:
+        return 4096
+
+    # steps
+    def run(self, name: str, deadline_ns: int, wake_fds: Sequence[int]) -> Result:
+        self.world.note(f"run {name}")
+        return self.world.results.get(name, Result())
+
+    def undo(self, name: str, timeout_ns: int) -> bool:
+        self.world.note(f"undo {name}")
+        return True
+
+    def output(self, name: str) -> tuple[str, int, Path]:
+        return "said", 4, Path("/log")
+
+    def reap(self) -> None:
+        pass
+
+    # journal
+    def arm(self, record: ArmedRecord) -> None:
+        self.world.note("record")
+        self.world.armed = record
+
+    def disarm(self) -> None:
+        self.world.armed = None
+
+    def save_report(self, report: Report) -> None:
+        self.world.saved = report
+
+    # progress
+    def phase(self, phase: Phase) -> None:
+        assert not self.world.frozen, "told something while guests are paused"
+
+    def started(self, action: Action) -> None:
+        assert not self.world.frozen, "told something while guests are paused"
+
+    def ended(self, action: Action, duration_ns: int, problem: str) -> None:
+        assert not self.world.frozen, "told something while guests are paused"
+
+    def undone(self, action: Action, problem: str) -> None:
+        assert not self.world.frozen, "told something while guests are paused"
+
+    # interrupts
+    def fileno(self) -> int:
+        return self._signals
+
+    def pending(self) -> str | None:
+        return self.world.signal
+
+
+def hands_of(fake: FakeHands, guests: Sequence[LocatedGuest], *, cgroups: bool = True) -> Hands:
+    """The fake in every port."""
+    return Hands(
+        hypervisor=fake,
+        cgroups=fake if cgroups else None,
+        core=fake,
+        ram=fake,
+        steps=fake,
+        journal=fake,
+        progress=fake,
+        interrupts=fake,
+        resume_by_monitor=fake.resume_by_monitor,
+        is_alive=fake.is_alive,
+        places={guest.guest.uuid: guest.place for guest in guests if guest.place is not None},
+    )

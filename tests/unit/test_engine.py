@@ -1,0 +1,285 @@
+"""The engine on a host in memory: order, undo, outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from hostupdate.config import Config
+from hostupdate.engine import Run
+from hostupdate.errors import CoreError, GuestError, HypervisorError
+from hostupdate.model import ExitCode, GuestState, LocatedGuest, Outcome, Report
+from tests.unit.fakes import FakeHands, Result, World, hands_of, located
+from tests.unit.test_plan import manifest, plan, step
+
+UNDO = {"undo": '["true"]'}
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def fake(world: World) -> Iterator[FakeHands]:
+    made = FakeHands(world)
+    yield made
+    made.close_pipes()
+
+
+THREE = (
+    step("stage", "download", **UNDO),
+    step("blackout", "one", timeout='"1s"', **UNDO),
+    step("blackout", "two", timeout='"1s"', **UNDO),
+    step("finish", "tidy"),
+)
+
+
+def run(
+    fake: FakeHands, *steps: str, guests: tuple[LocatedGuest, ...] = (), method: str = "freeze"
+) -> Report:
+    guests = guests or (located("a"), located("b"))
+    made = plan(manifest("", *(steps or THREE)), *guests, method=method)
+    return Run("run", made, Config(), hands_of(fake, guests), "qemu:///test").execute()
+
+
+def actions(world: World) -> list[str]:
+    """What was done, without the parts that do not matter to the order."""
+    return [entry for entry in world.log if not entry.startswith("home")]
+
+
+def test_a_run_that_works(world: World, fake: FakeHands) -> None:
+    report = run(fake)
+    assert (report.outcome, report.exit_code, report.reasons) == (Outcome.OK, ExitCode.OK, [])
+    assert world.log == [
+        "run download", "record", "keeper", "arm", "freeze", "run one", "run two", "thaw",
+        "disarm", "keeper-end", "run tidy",
+    ]  # fmt: skip
+    assert world.armed is None
+    assert world.saved is report
+    assert not world.frozen
+    assert [guest.blackout_ns for guest in report.guests] == [5000, 5010]
+    assert report.blackout_ns == 5010
+    assert (report.spread_ns, report.stop_all_ns) == (10, 1010)
+    assert [guest.state_after for guest in report.guests] == [GuestState.RUNNING] * 2
+    assert report.guests[0].residency.digest_equal is True
+    assert [phase.name for phase in report.phases] == ["stage", "blackout", "finish"]
+
+
+def test_what_is_done_is_what_was_planned(world: World, fake: FakeHands) -> None:
+    made = plan(manifest("", *THREE), method="freeze")
+    assert run(fake).actions == [action.title for action in made.actions]
+
+
+def test_the_record_is_there_before_the_first_pause_and_gone_after_the_last(
+    world: World, fake: FakeHands
+) -> None:
+    seen = {}
+    for entry in ("freeze", "thaw"):
+        world.on[entry] = lambda entry=entry: seen.update({entry: world.armed is not None})  # type: ignore[misc]
+    run(fake)
+    assert seen == {"freeze": True, "thaw": True}
+    assert world.armed is None
+
+
+def test_stop_and_resume_go_around_freeze_and_thaw(world: World, fake: FakeHands) -> None:
+    report = run(fake, method="stop")
+    order = [entry for entry in world.log if entry in ("stop", "freeze", "thaw", "resume")]
+    assert order == ["stop", "freeze", "thaw", "resume"]
+    assert report.exit_code == ExitCode.OK
+    assert report.guests[0].paused_monotonic_ns == 500
+    assert report.guests[0].resumed_monotonic_ns == 7000
+
+
+@pytest.mark.parametrize("method", ["freeze", "stop"])
+def test_a_failing_step_resumes_guests_first_and_undoes_in_reverse(
+    world: World, fake: FakeHands, method: str
+) -> None:
+    world.results["two"] = Result(exit=3, problem="ended with exit status 3")
+    report = run(fake, method=method)
+    assert (report.outcome, report.exit_code) == (Outcome.FAILED, ExitCode.FAILED)
+    after = world.log[world.log.index("run two") + 1 :]
+    back = ["thaw", "resume"] if method == "stop" else ["thaw"]
+    assert after == [*back, "disarm", "undo two", "undo one", "keeper-end", "undo download"]
+    assert "step 'two': ended with exit status 3" in report.reasons
+    assert [(s.name, s.undone) for s in report.steps] == [
+        ("download", True), ("one", True), ("two", True),
+    ]  # fmt: skip
+    assert report.undone == ["two", "one", "download"]
+    assert world.armed is None
+    assert not world.frozen and not world.stopped
+
+
+def test_a_failure_before_the_first_pause_pauses_nobody(world: World, fake: FakeHands) -> None:
+    world.results["download"] = Result(exit=100, problem="ended with exit status 100")
+    report = run(fake)
+    assert world.log == ["run download", "undo download"]
+    assert report.exit_code == ExitCode.FAILED
+    assert report.blackout_ns is None
+
+
+@pytest.mark.parametrize("entry", ["record", "keeper", "arm", "freeze", "stop"])
+def test_any_action_that_fails_leaves_all_guests_running(
+    world: World, fake: FakeHands, entry: str
+) -> None:
+    world.fail[entry] = CoreError("hu_something", 110)
+    report = run(fake, method="stop")
+    assert report.exit_code == ExitCode.FAILED
+    assert world.armed is None
+    assert not world.frozen and not world.stopped
+    assert world.log[-1] == "undo download"
+
+
+def test_a_bug_of_ours_in_the_blackout_is_a_failure_like_any_other(
+    world: World, fake: FakeHands
+) -> None:
+    world.fail["run one"] = ZeroDivisionError("oops")
+    report = run(fake)
+    assert report.exit_code == ExitCode.FAILED
+    assert "internal error: ZeroDivisionError: oops" in report.reasons
+    assert not world.frozen
+
+
+def test_an_undo_that_fails_does_not_stop_the_others(world: World, fake: FakeHands) -> None:
+    world.results["two"] = Result(exit=1, problem="ended with exit status 1")
+    world.fail["undo two"] = OSError(5, "no luck")
+    report = run(fake)
+    assert report.undone == ["one", "download"]
+    assert any("undo of \"run 'two'\"" in reason for reason in report.reasons)
+    assert report.steps[-1].undone is False
+
+
+def test_a_signal_stops_the_run_between_two_actions(world: World, fake: FakeHands) -> None:
+    world.on["freeze"] = lambda: setattr(world, "signal", "SIGTERM")
+    report = run(fake)
+    assert "run one" not in world.log
+    assert "stopped by SIGTERM" in report.reasons
+    assert report.exit_code == ExitCode.FAILED
+    assert not world.frozen
+
+
+def test_a_signal_after_the_guests_were_verified_changes_nothing(
+    world: World, fake: FakeHands
+) -> None:
+    world.on["run tidy"] = lambda: setattr(world, "signal", "SIGTERM")
+    assert run(fake).exit_code == ExitCode.OK
+
+
+def test_a_guest_that_dies_in_the_blackout_is_named(world: World, fake: FakeHands) -> None:
+    guests = (located("a"), located("b"))
+    assert guests[1].place is not None
+    pid = guests[1].place.pid
+    world.on["run one"] = lambda: world.dead.add(pid)
+    report = run(fake, guests=guests)
+    assert report.exit_code == ExitCode.GUEST_LOST
+    assert any(reason.startswith(f"guest b: its QEMU, pid {pid}") for reason in report.reasons)
+    assert report.undone == ["two", "one", "download"]
+
+
+def test_libvirt_away_after_a_freeze_fails_the_run_with_guests_safe(
+    world: World, fake: FakeHands
+) -> None:
+    world.on["run one"] = lambda: setattr(world, "silent", True)
+    report = run(fake)
+    assert report.exit_code == ExitCode.FAILED
+    assert any("libvirt does not answer" in reason for reason in report.reasons)
+    assert report.undone == ["two", "one", "download"]
+    assert not world.frozen
+
+
+def test_libvirt_away_after_a_stop_resumes_by_the_guests_own_monitors(
+    world: World, fake: FakeHands
+) -> None:
+    world.on["run one"] = lambda: setattr(world, "silent", True)
+    report = run(fake, method="stop")
+    assert len([entry for entry in world.log if entry.startswith("monitor")]) == 2
+    assert report.exit_code == ExitCode.FAILED
+    assert any("monitor socket" in note for note in report.guests[0].notes)
+
+
+def test_a_guest_that_neither_way_resumes_needs_a_human(world: World, fake: FakeHands) -> None:
+    world.on["run one"] = lambda: setattr(world, "silent", True)
+    world.monitors = False
+    report = run(fake, method="stop")
+    assert report.exit_code == ExitCode.GUEST_LOST
+    assert any("by its monitor: taken" in reason for reason in report.reasons)
+
+
+def test_a_guest_that_does_not_stop_is_named(world: World, fake: FakeHands) -> None:
+    world.fail["stop"] = GuestError("b", "it did not stop within 5 s")
+    report = run(fake, method="stop")
+    assert report.exit_code == ExitCode.FAILED
+    assert "guest b: it did not stop within 5 s" in report.reasons
+    assert "freeze" not in world.log
+
+
+def test_ram_that_changed_or_was_swapped_degrades_the_run(world: World, fake: FakeHands) -> None:
+    world.digests = ["before", "before", "other", "before"]
+    world.faults = 3
+    report = run(fake)
+    assert report.exit_code == ExitCode.DEGRADED
+    assert any("RAM changed" in reason for reason in report.reasons)
+    assert any("3 major faults" in reason for reason in report.reasons)
+    assert "undo one" not in world.log
+
+
+def test_a_finish_step_that_fails_degrades_and_undoes_nothing(
+    world: World, fake: FakeHands
+) -> None:
+    world.results["tidy"] = Result(exit=1, problem="ended with exit status 1")
+    report = run(fake)
+    assert report.exit_code == ExitCode.DEGRADED
+    assert not [entry for entry in world.log if entry.startswith("undo")]
+
+
+def test_a_keeper_that_fired_is_told(world: World, fake: FakeHands) -> None:
+    world.on["run two"] = lambda: setattr(world, "keeper_fires", True)
+    report = run(fake)
+    assert report.exit_code == ExitCode.DEGRADED
+    assert any("the keeper let the guests run" in reason for reason in report.reasons)
+
+
+def test_a_keeper_that_died_is_told(world: World, fake: FakeHands) -> None:
+    world.keeper_dies = True
+    report = run(fake)
+    assert report.exit_code == ExitCode.DEGRADED
+    assert any("the keeper died" in reason for reason in report.reasons)
+
+
+def test_the_keeper_cutting_a_step_short_fails_the_run(world: World, fake: FakeHands) -> None:
+    world.results["one"] = Result(exit=None, problem="was cut short")
+    world.on["run one"] = lambda: setattr(world, "keeper_fires", True)
+    report = run(fake)
+    assert report.exit_code == ExitCode.FAILED
+    assert any("the budget is over" in reason for reason in report.reasons)
+
+
+def test_cgroups_and_memory_min_are_put_back(world: World, fake: FakeHands) -> None:
+    guests = (located("a", shared_cgroup=True), located("b", memory_controller=True))
+    for failing in (False, True):
+        world.log.clear()
+        if failing:
+            world.results["one"] = Result(exit=1, problem="ended with exit status 1")
+        run(fake, guests=guests)
+        assert "isolate uuid-a" in world.log and "isolate uuid-b" not in world.log
+        assert "memory.min /machine/b=4096" in world.log
+        back = max(i for i, e in enumerate(world.log) if e == "memory.min /machine/b=0")
+        assert back > world.log.index("thaw")
+        assert "home /hostupdate/uuid-a" in world.log
+
+
+def test_an_update_that_pauses_nobody_runs_its_steps(world: World, fake: FakeHands) -> None:
+    report = run(fake, step("stage", "x"), step("finish", "y"))
+    assert world.log == ["run x", "run y"]
+    assert (report.exit_code, report.blackout_ns, report.method) == (ExitCode.OK, None, None)
+
+
+def test_without_libvirt_before_a_pause_nothing_is_touched(world: World, fake: FakeHands) -> None:
+    def away(uuids: object) -> None:
+        raise HypervisorError("libvirt: away")
+
+    fake.prepare = away  # type: ignore[method-assign]
+    report = run(fake, method="stop")
+    assert "keeper" not in world.log and "freeze" not in world.log
+    assert report.exit_code == ExitCode.FAILED

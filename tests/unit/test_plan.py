@@ -1,0 +1,224 @@
+"""What is decided before anything is touched."""
+
+from __future__ import annotations
+
+import pytest
+
+from hostupdate.config import Config, decode_config
+from hostupdate.durations import MILLISECOND, SECOND
+from hostupdate.errors import RefusedError
+from hostupdate.guestpolicy import GuestPolicy
+from hostupdate.manifest import Manifest, decode_manifest
+from hostupdate.model import (
+    FreezeBy,
+    GuestState,
+    Impact,
+    LocatedGuest,
+    PauseMethod,
+    Phase,
+    Plan,
+    Protection,
+)
+from hostupdate.plan import make_plan
+from tests.unit.fakes import located
+
+STEP = '[[step]]\nname = "{name}"\nphase = "{phase}"\nrun = ["true"]\n'
+
+
+def manifest(update: str = "", *steps: str) -> Manifest:
+    text = f'[update]\nname = "u"\n{update}\n' + "\n".join(steps)
+    return decode_manifest(text.encode(), "m.toml")
+
+
+def step(phase: str = "blackout", name: str = "s", **more: str) -> str:
+    lines = STEP.format(name=name, phase=phase)
+    return lines + "".join(f"{key} = {value}\n" for key, value in more.items())
+
+
+def plan(
+    what: Manifest,
+    *guests: LocatedGuest,
+    config: Config | None = None,
+    cgroup2: bool = True,
+    verify_ram: str = "sampled",
+    method: str = "auto",
+    max_impact: Impact | None = None,
+    budget_ns: int | None = None,
+) -> Plan:
+    return make_plan(
+        what,
+        config or Config(),
+        guests or (located("a"), located("b")),
+        cgroup2=cgroup2,
+        verify_ram=verify_ram,
+        method=method,
+        max_impact=max_impact,
+        budget_ns=budget_ns,
+    )
+
+
+def kinds(made: Plan) -> list[str]:
+    return [action.kind for action in made.actions]
+
+
+def test_an_update_without_blackout_steps_pauses_nobody() -> None:
+    made = plan(manifest("", step("stage"), step("finish", "t")))
+    assert made.judged is made.actual is Impact.NONE
+    assert made.method is None
+    assert made.predicted_blackout_ns is None
+    assert kinds(made) == ["step", "step"]
+    assert not made.paused
+
+
+def test_a_floor_is_never_lowered_and_a_judgement_never_undercut() -> None:
+    floor = plan(manifest('impact = "pause"', step("stage")))
+    assert (floor.judged, floor.actual) == (Impact.NONE, Impact.PAUSE)
+    assert "freeze" in kinds(floor)
+    asked_for_less = plan(manifest('impact = "none"', step()))
+    assert asked_for_less.actual is Impact.PAUSE
+
+
+def test_the_actions_of_a_freeze_in_their_order() -> None:
+    made = plan(
+        manifest("", step("stage", "x"), step("blackout", "y"), step("finish", "z")),
+        method="freeze",
+    )
+    assert kinds(made) == [
+        "step", "record", "measure", "keeper",
+        "arm", "freeze", "digest", "step", "compare", "thaw",
+        "disarm", "release", "verify", "step",
+    ]  # fmt: skip
+    assert [a.step for a in made.actions if a.kind == "step"] == ["x", "y", "z"]
+    phases = [action.phase for action in made.actions]
+    assert phases == sorted(phases, key=list(Phase).index)
+
+
+def test_a_stop_wraps_the_freeze() -> None:
+    made = plan(manifest("", step()), method="stop")
+    order = kinds(made)
+    assert order.index("stop") < order.index("freeze") < order.index("thaw")
+    assert order.index("thaw") < order.index("resume")
+
+
+def test_the_method_follows_the_longest_possible_blackout() -> None:
+    short = plan(manifest("", step(timeout='"9s"')))
+    assert short.method is PauseMethod.FREEZE
+    assert short.predicted_blackout_ns == 9 * SECOND + 200 * MILLISECOND
+    long = plan(manifest("", step(timeout='"9.9s"')))
+    assert long.method is PauseMethod.STOP
+    assert long.predicted_blackout_ns == 9 * SECOND + 900 * MILLISECOND + SECOND
+    open_end = plan(manifest("", step()))
+    assert open_end.method is PauseMethod.STOP
+    assert open_end.predicted_blackout_ns == open_end.budget_ns == 30 * SECOND
+    limited = decode_config([("c", b'[pause]\nfreeze-limit = "1s"')])
+    assert plan(manifest("", step(timeout='"2s"')), config=limited).method is PauseMethod.STOP
+
+
+def test_the_budget_is_the_least_of_all_wishes() -> None:
+    timed = manifest('budget = "20s"', step(timeout='"1s"'))
+    assert plan(timed).budget_ns == 20 * SECOND
+    assert plan(timed, budget_ns=3 * SECOND).budget_ns == 3 * SECOND
+    shy = located("a", policy=GuestPolicy(max_blackout_ns=2 * SECOND))
+    assert plan(timed, shy, budget_ns=3 * SECOND).budget_ns == 2 * SECOND
+    asleep = located("a", state=GuestState.SHUTOFF, policy=GuestPolicy(max_blackout_ns=2 * SECOND))
+    assert plan(timed, asleep, located("b")).budget_ns == 20 * SECOND
+
+
+def test_a_prediction_above_the_budget_is_refused_with_both_numbers() -> None:
+    with pytest.raises(RefusedError, match=r"may last 4\.2 s .* budget is 4 s: lower"):
+        plan(manifest('budget = "4s"', step(timeout='"4s"')))
+
+
+def test_a_budget_that_leaves_no_time_to_resume_is_refused() -> None:
+    with pytest.raises(RefusedError, match="budget is 100 ms"):
+        plan(manifest('budget = "100ms"', step()))
+
+
+@pytest.mark.parametrize("impact", ["handover", "kexec"])
+def test_what_this_version_cannot_do_is_refused(impact: str) -> None:
+    with pytest.raises(RefusedError, match=f"impact {impact}: this version"):
+        plan(manifest(f'impact = "{impact}"', step()))
+
+
+def test_reboot_packages_and_the_ceiling_are_all_named_in_one_refusal() -> None:
+    text = b'[update]\nname="u"\nreboot-only=true\n[packages]\nall=true\n'
+    with pytest.raises(RefusedError) as refused:
+        plan(decode_manifest(text, "m"), max_impact=Impact.PAUSE)
+    assert len(refused.value.reasons) == 3
+    for words in ("packages", "reboot", "above the allowed pause"):
+        assert words in str(refused.value)
+
+
+def test_guests_that_do_not_run_or_are_frozen_by_their_owner_are_left_alone() -> None:
+    made = plan(
+        manifest("", step()),
+        located("off", state=GuestState.SHUTOFF),
+        located("slept", state=GuestState.PAUSED),
+        located("iced", frozen=True),
+        located("runs"),
+    )
+    assert [guest.name for guest in made.paused] == ["runs"]
+    reasons = {guest.name: guest.reason for guest in made.guests}
+    assert reasons["slept"] == "it is paused"
+    assert "frozen" in reasons["iced"]
+
+
+def test_with_nobody_to_pause_the_steps_run_without_a_pause() -> None:
+    made = plan(manifest("", step()), located("off", state=GuestState.SHUTOFF))
+    assert (made.judged, made.actual, made.method) == (Impact.PAUSE, Impact.NONE, None)
+    assert kinds(made) == ["step"]
+
+
+def test_a_running_guest_that_cannot_be_found_refuses_a_pause_and_only_a_pause() -> None:
+    lost = located("lost", problem="its QEMU process was not found")
+    with pytest.raises(RefusedError, match="guest lost: its QEMU"):
+        plan(manifest("", step()), lost)
+    assert plan(manifest("", step("stage")), lost).actual is Impact.NONE
+
+
+@pytest.mark.parametrize(
+    ("facts", "protection"),
+    [
+        ({"memory_controller": True}, Protection.MEMORY_MIN),
+        ({"memory_controller": True, "shared_cgroup": True}, Protection.LOCKED),
+        ({"shared_ram": True}, Protection.LOCKED),
+        ({"shared_ram": False}, Protection.NONE),
+    ],
+)
+def test_what_keeps_pages_in_ram(facts: dict[str, object], protection: Protection) -> None:
+    made = plan(manifest("", step()), located("a", **facts))
+    assert made.guests[0].protection is protection
+    assert any("nothing keeps" in text for text in made.warnings) == (protection is Protection.NONE)
+
+
+def test_locking_can_be_switched_off() -> None:
+    off = decode_config([("c", b"[residency]\nlock = false")])
+    assert plan(manifest("", step()), config=off).guests[0].protection is Protection.NONE
+
+
+def test_a_digest_is_taken_only_where_it_means_something() -> None:
+    written = located("a", dma_writers=("vhost", "io_uring"))
+    made = plan(manifest("", step()), written)
+    assert "vhost, io_uring" in made.guests[0].digest_reason
+    assert "digest" not in kinds(made)
+    off = plan(manifest("", step()), verify_ram="off")
+    assert off.guests[0].digest_reason == "switched off"
+
+
+def test_a_host_without_cgroup2_uses_signals_and_says_so() -> None:
+    made = plan(manifest("", step()), located("a", cgroup=None), cgroup2=False)
+    assert made.guests[0].freeze_by is FreezeBy.SIGNAL
+    assert any("SIGSTOP" in text for text in made.warnings)
+    assert "isolate" not in kinds(made)
+
+
+def test_a_shared_cgroup_is_left_for_one_of_its_own() -> None:
+    made = plan(manifest("", step()), located("a", shared_cgroup=True), located("b"))
+    assert [guest.isolate for guest in made.guests] == [True, False]
+    (isolate,) = [action for action in made.actions if action.kind == "isolate"]
+    assert "a" in isolate.title and isolate.undo
+
+
+def test_a_long_freeze_that_was_asked_for_warns_of_lockups() -> None:
+    made = plan(manifest("", step(timeout='"25s"')), method="freeze")
+    assert any("soft lockup" in text for text in made.warnings)
