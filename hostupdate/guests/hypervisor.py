@@ -1,0 +1,242 @@
+"""One libvirt connection to this host's QEMU driver, system-wide or embedded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import libvirt
+
+from hostupdate.durations import format_duration
+from hostupdate.errors import DeadlineError, GuestError, HypervisorError, InputError
+from hostupdate.guestpolicy import NAMESPACE, GuestPolicy, decode_guest_policy
+from hostupdate.guests.uri import embedded_root
+from hostupdate.guests.workers import Worker, call_within
+from hostupdate.model import Guest, GuestState
+
+T = TypeVar("T")
+
+_STATES = {
+    libvirt.VIR_DOMAIN_RUNNING: GuestState.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: GuestState.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: GuestState.PAUSED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: GuestState.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTDOWN: GuestState.RUNNING,  # shutting down: its vCPUs still run
+    libvirt.VIR_DOMAIN_SHUTOFF: GuestState.SHUTOFF,
+    libvirt.VIR_DOMAIN_CRASHED: GuestState.CRASHED,
+}
+_KEEPALIVE_S = 2
+_KEEPALIVE_COUNT = 3
+
+_event_loop_started = False
+
+
+def _start_event_loop() -> None:
+    """libvirt's event loop: keepalive needs it, and the embedded driver notices a guest's end by
+    it. Once a process, before the first connection is opened."""
+    global _event_loop_started
+    if _event_loop_started:
+        return
+    libvirt.registerErrorHandler(lambda *_: None, None)  # else libvirt prints to stderr
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="libvirt-events", daemon=True).start()
+    _event_loop_started = True
+
+
+class Hypervisor:
+    """Guests through libvirt. ``timeout_ns`` bounds every call.
+
+    A call that does not answer raises DeadlineError, an answer that is an error HypervisorError
+    (GuestError where it is about one guest). Neither closes the connection.
+    """
+
+    def __init__(self, uri: str, *, timeout_ns: int) -> None:
+        self.uri = uri
+        self._timeout_ns = timeout_ns
+        self._embedded = embedded_root(uri) is not None
+        self._workers: dict[str, Worker] = {}
+        self._domains: dict[str, Any] = {}
+        _start_event_loop()
+        self._connection: Any = self._call(f"open {uri}", lambda: libvirt.open(uri))
+        if not self._embedded:
+            self._call(
+                "keepalive", lambda: self._connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
+            )
+
+    def close(self) -> None:
+        """Closes the connection; guests are not touched. Never raises."""
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+        self._domains.clear()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(libvirt.libvirtError, DeadlineError):
+                call_within("close", self._timeout_ns, connection.close)
+
+    def guests(self) -> list[Guest]:
+        """Every guest that libvirt knows, by name; InputError for metadata that is wrong."""
+        found = []
+        for domain in self._call("list guests", lambda: self._connection.listAllDomains()):
+            guest = self._call("inspect a guest", partial(self._describe, domain))
+            if guest is not None:
+                found.append(guest)
+        return sorted(found, key=lambda guest: guest.name)
+
+    def version(self) -> str:
+        """libvirt's version, as major.minor.release."""
+        number = self._call("version", lambda: self._connection.getLibVersion())
+        return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
+
+    def state(self, uuid: str, timeout_ns: int | None = None) -> GuestState:
+        """GONE where libvirt knows no such guest, UNKNOWN where it does not answer."""
+
+        def ask() -> GuestState:
+            try:
+                number, _reason = self._connection.lookupByUUIDString(uuid).state()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                    return GuestState.GONE
+                raise
+            return _STATES.get(number, GuestState.UNKNOWN)
+
+        with suppress(HypervisorError, DeadlineError):
+            return self._call("state", ask, timeout_ns)
+        try:
+            self._reopen(timeout_ns)
+            return self._call("state", ask, timeout_ns)
+        except (HypervisorError, DeadlineError):
+            return GuestState.UNKNOWN
+
+    def prepare(self, uuids: Sequence[str]) -> None:
+        """Looks the guests up and starts a worker thread for each, so that stopping them needs
+        neither later. HypervisorError where one is unknown."""
+        for uuid in uuids:
+            self._domains[uuid] = self._call(
+                "look up a guest", partial(self._connection.lookupByUUIDString, uuid)
+            )
+            self._workers[uuid] = Worker(f"guest-{uuid[:8]}")
+
+    def stop(self, guests: Sequence[tuple[str, str]], timeout_ns: int) -> dict[str, int]:
+        """Suspends the prepared guests, given as (uuid, name), in parallel.
+
+        Returns uuid -> CLOCK_MONOTONIC ns at which each suspend was asked for. Raises GuestError
+        for the first that did not stop in time; those that did are running again then, and one
+        that stops later is resumed at that moment.
+        """
+        deadline_ns = time.monotonic_ns() + timeout_ns
+        calls = {
+            uuid: self._workers[uuid].submit(
+                f"suspend {name}",
+                self._domains[uuid].suspend,
+                partial(_take_back, self._domains[uuid]),
+            )
+            for uuid, name in guests
+        }
+        failure: GuestError | None = None
+        stopped = []
+        for uuid, name in guests:
+            try:
+                calls[uuid].result(deadline_ns, timeout_ns)
+                stopped.append((uuid, name))
+            except DeadlineError as error:
+                failure = failure or GuestError(
+                    name,
+                    f"it did not stop within {format_duration(timeout_ns)}",
+                    remedy="look for storage that does not answer, or a job that holds its lock",
+                )
+                failure.__cause__ = error
+                self._workers[uuid] = Worker(f"guest-{uuid[:8]}")
+            except libvirt.libvirtError as error:
+                failure = failure or GuestError(name, f"libvirt cannot suspend it: {error}")
+        if failure is not None:
+            self.resume(stopped, timeout_ns)
+            raise failure
+        return {uuid: call.started_ns for uuid, call in calls.items()}
+
+    def resume(
+        self, guests: Sequence[tuple[str, str]], timeout_ns: int
+    ) -> dict[str, int | Exception]:
+        """Resumes the prepared guests in parallel, all of them whatever happens to one.
+
+        Returns for each uuid the CLOCK_MONOTONIC ns at which it ran again, or the error.
+        """
+        deadline_ns = time.monotonic_ns() + timeout_ns
+        calls = {
+            uuid: self._workers[uuid].submit(f"resume {name}", self._domains[uuid].resume)
+            for uuid, name in guests
+        }
+        outcome: dict[str, int | Exception] = {}
+        for uuid, name in guests:
+            try:
+                calls[uuid].result(deadline_ns, timeout_ns)
+                outcome[uuid] = calls[uuid].ended_ns
+            except (DeadlineError, libvirt.libvirtError) as error:
+                outcome[uuid] = GuestError(name, f"libvirt cannot resume it: {error}")
+        return outcome
+
+    def call(self, what: str, run: Callable[[Any], T], timeout_ns: int | None = None) -> T:
+        """Runs ``run`` with the connection on a thread of its own, within a deadline."""
+        return self._call(what, lambda: run(self._connection), timeout_ns)
+
+    def _reopen(self, timeout_ns: int | None) -> None:
+        """The daemon may have been what was updated: a connection outlives it only in name."""
+        if self._embedded or self._connection is None or self._connection.isAlive() == 1:
+            raise HypervisorError(f"libvirt: {self.uri} does not answer", remedy=_remedy(self.uri))
+        self._connection = self._call(
+            f"open {self.uri} again", lambda: libvirt.open(self.uri), timeout_ns
+        )
+
+    def _describe(self, domain: Any) -> Guest | None:
+        name = domain.name()
+        try:
+            state, max_kib, _memory_kib, vcpus, _cpu_ns = domain.info()
+            try:
+                element = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_METADATA:
+                    raise
+                element = None
+            policy = GuestPolicy() if element is None else decode_guest_policy(element, name)
+            return Guest(
+                name=name,
+                uuid=domain.UUIDString(),
+                state=_STATES.get(state, GuestState.UNKNOWN),
+                memory_bytes=max_kib * 1024,
+                vcpus=vcpus,
+                policy=policy,
+            )
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None  # it went away between the list and the look
+            raise
+
+    def _call(self, what: str, run: Callable[[], T], timeout_ns: int | None = None) -> T:
+        try:
+            return call_within(what, timeout_ns or self._timeout_ns, run)
+        except libvirt.libvirtError as error:
+            raise HypervisorError(f"libvirt: {what}: {error}", remedy=_remedy(self.uri)) from error
+        except InputError:
+            raise
+        except DeadlineError as error:
+            error.remedy = _remedy(self.uri)
+            raise
+
+
+def _take_back(domain: Any, _value: object) -> None:
+    domain.resume()
+
+
+def _remedy(uri: str) -> str:
+    if "/embed" in uri:
+        return "only one process at a time can open an embedded driver's root: end the other one"
+    return f"check that libvirt's daemon runs and answers: virsh -c {uri} list"

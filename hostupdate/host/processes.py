@@ -1,0 +1,107 @@
+"""Which QEMU process runs a guest, and what it has open. The only importer of psutil."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import psutil
+
+from hostupdate.errors import GuestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuProcess:
+    """One QEMU; ``started`` in seconds since the epoch. pid and started name it for ever."""
+
+    pid: int
+    started: float
+    program: str
+
+
+def find_qemus(uuids: Iterable[str]) -> dict[str, QemuProcess]:
+    """The QEMU process of each guest that has one, by the ``-uuid`` of its command line.
+
+    libvirt offers no call for a guest's pid, and its pid files lie in different places for each
+    driver; the command line is the same for all. Raises GuestError where two processes carry one
+    uuid: which of them is the guest cannot be told.
+    """
+    wanted = set(uuids)
+    found: dict[str, QemuProcess] = {}
+    for process in psutil.process_iter(["pid", "cmdline", "create_time"]):
+        arguments = process.info["cmdline"] or []
+        uuid = next((b for a, b in pairwise(arguments) if a == "-uuid"), "")
+        if uuid not in wanted:
+            continue
+        if uuid in found:
+            raise GuestError(
+                uuid,
+                f"processes {found[uuid].pid} and {process.pid} both run it",
+                remedy="end the one that should not be there",
+            )
+        found[uuid] = QemuProcess(
+            pid=process.pid, started=process.info["create_time"], program=arguments[0]
+        )
+    return found
+
+
+def is_same(pid: int, started: float) -> bool:
+    """True while the process that had this pid and start time lives and is not a zombie."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def dma_writers(pid: int) -> tuple[str, ...]:
+    """What could still write into the guest's RAM while its QEMU's threads are frozen.
+
+    Kernel AIO and io_uring requests in flight, vhost workers and assigned devices complete
+    outside of QEMU's threads. Empty where none of them is there.
+    """
+    found = set()
+    fds = f"/proc/{pid}/fd"
+    for fd in os.listdir(fds):
+        try:
+            target = os.readlink(f"{fds}/{fd}")
+        except FileNotFoundError:
+            continue
+        if target.startswith("/dev/vhost"):
+            found.add("vhost")
+        elif target.startswith("/dev/vfio"):
+            found.add("an assigned device")
+        elif target == "anon_inode:[io_uring]":
+            found.add("io_uring")
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+        # A kernel AIO context shows itself only by its ring, which fs/aio.c maps as /[aio].
+        if any(line.rstrip().endswith("/[aio]") or "/[aio] (" in line for line in maps):
+            found.add("kernel AIO")
+    return tuple(sorted(found))
+
+
+def major_faults(pid: int) -> int:
+    """Major faults of the process's threads so far (proc(5), stat, majflt)."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+        return int(stat.read().rpartition(")")[2].split()[9])
+
+
+def monitor_sockets(pid: int) -> tuple[str, ...]:
+    """Paths of the QMP sockets on which the process listens."""
+    try:
+        connections = psutil.Process(pid).net_connections(kind="unix")
+    except AttributeError:  # psutil before 6.0
+        connections = psutil.Process(pid).connections(kind="unix")
+    except psutil.NoSuchProcess:
+        return ()
+    paths = {str(c.laddr) for c in connections if str(c.laddr).endswith("/monitor.sock")}
+    return tuple(sorted(paths))
+
+
+def continue_process(pid: int, started: float) -> None:
+    """SIGCONT, where the process is still the one that started then."""
+    if is_same(pid, started):
+        os.kill(pid, signal.SIGCONT)
