@@ -1,0 +1,5 @@
+"""``python -m hostupdate``."""
+
+from hostupdate.cli import main
+
+main()

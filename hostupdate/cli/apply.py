@@ -1,0 +1,208 @@
+"""``hostupdate apply``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from hostupdate.cli.compose import (
+    located_guests,
+    make_hands,
+    open_cgroups,
+    open_hypervisor,
+    require_root,
+)
+from hostupdate.cli.plan_text import print_plan
+from hostupdate.cli.progress import Lines, Silent
+from hostupdate.cli.report_text import print_report
+from hostupdate.cli.settings import Settings, global_options, pass_settings, read_file
+from hostupdate.cli.terminal import duration, err, print_json
+from hostupdate.config import Config
+from hostupdate.durations import DurationError, parse_duration
+from hostupdate.engine import Run
+from hostupdate.errors import InputError, RefusedError
+from hostupdate.guests import Hypervisor
+from hostupdate.host.cgroups import Cgroups
+from hostupdate.host.steps import find_programs
+from hostupdate.journal import Journal
+from hostupdate.manifest import Manifest, decode_manifest
+from hostupdate.model import (
+    HARD_CAP_NS,
+    ExitCode,
+    Impact,
+    ImpactReport,
+    LocatedGuest,
+    Outcome,
+    Plan,
+    Report,
+)
+from hostupdate.plan import make_plan
+
+
+@click.command("apply")
+@click.argument("manifest_path", metavar="MANIFEST", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Print every action that apply would do; do none.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask on a terminal.")
+@click.option(
+    "--pause-method", type=click.Choice(["auto", "freeze", "stop"]), help="How guests are paused."
+)
+@click.option(
+    "--max-impact", type=click.Choice([str(impact) for impact in Impact]), help="Refuse above it."
+)
+@click.option("--budget", metavar="DURATION", help="Longest allowed blackout, such as 5s.")
+@click.option(
+    "--verify-ram",
+    type=click.Choice(["full", "sampled", "off"]),
+    help="Digest of guests' RAM before and after the pause.",
+)
+@global_options
+@pass_settings
+def command(
+    settings: Settings,
+    manifest_path: Path,
+    dry_run: bool,
+    yes: bool,
+    pause_method: str | None,
+    max_impact: str | None,
+    budget: str | None,
+    verify_ram: str | None,
+) -> None:
+    """Apply the update that MANIFEST describes, under the running guests."""
+    manifest = decode_manifest(read_file(manifest_path), str(manifest_path))
+    config = settings.load_config()
+    budget_ns = _budget_ns(budget)
+    for step in manifest.steps:
+        find_programs(step)
+    require_root()
+    verify = verify_ram or config.residency.verify_ram
+    journal = Journal(settings.state)
+    run_id = journal.new_run() if not dry_run else "dry-run"
+    lock = None
+    try:
+        lock = journal.lock(run_id) if not dry_run else None
+        _refuse_interrupted(journal)
+        with open_hypervisor(settings, config) as hypervisor:
+            cgroups = open_cgroups(config)
+            guests = located_guests(hypervisor, cgroups)
+            plan = make_plan(
+                manifest,
+                config,
+                guests,
+                cgroup2=cgroups is not None,
+                verify_ram=verify,
+                method=pause_method or config.pause.method,
+                max_impact=Impact(max_impact) if max_impact else None,
+                budget_ns=budget_ns,
+            )
+            if dry_run:
+                print_json(plan) if settings.json else print_plan(plan)
+                return
+            if not (yes or _confirmed(plan)):
+                raise RefusedError(["not confirmed"])
+            report = _execute(
+                run_id,
+                plan,
+                settings,
+                config,
+                manifest,
+                journal,
+                hypervisor,
+                cgroups,
+                guests,
+                verify,
+            )
+    except RefusedError as error:
+        if settings.json and not dry_run:
+            print_json(_refusal(run_id, manifest, error))
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+        if not dry_run:
+            journal.drop_if_empty(run_id)
+    print_json(report) if settings.json else print_report(report)
+    sys.exit(report.exit_code)
+
+
+def _execute(
+    run_id: str,
+    plan: Plan,
+    settings: Settings,
+    config: Config,
+    manifest: Manifest,
+    journal: Journal,
+    hypervisor: Hypervisor,
+    cgroups: Cgroups | None,
+    guests: list[LocatedGuest],
+    verify_ram: str,
+) -> Report:
+    journal.save_plan(run_id, plan)
+    with make_hands(
+        run_id=run_id,
+        settings=settings,
+        config=config,
+        manifest=manifest,
+        journal=journal,
+        hypervisor=hypervisor,
+        cgroups=cgroups,
+        guests=guests,
+        verify_ram=verify_ram,
+        progress=Silent() if settings.quiet else Lines(),
+    ) as hands:
+        return Run(run_id, plan, config, hands, settings.uri).execute()
+
+
+def _budget_ns(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        budget_ns = parse_duration(text)
+    except DurationError as error:
+        raise InputError(
+            "command line", "--budget", f"{text!r} {error.problem}", remedy=error.remedy
+        ) from error
+    if not 0 < budget_ns <= HARD_CAP_NS:
+        raise InputError(
+            "command line", "--budget", f"{text!r} is not more than 0 and at most 30 s",
+            remedy="write a budget such as 5s",
+        )  # fmt: skip
+    return budget_ns
+
+
+def _refuse_interrupted(journal: Journal) -> None:
+    record = journal.armed()
+    if record is not None:
+        raise RefusedError(
+            [f"run {record.run_id} was interrupted: guests may be paused"],
+            remedy="run `hostupdate resume` first",
+        )
+
+
+def _confirmed(plan: Plan) -> bool:
+    console = err()
+    if not plan.paused or not (sys.stdin.isatty() and console.is_terminal):
+        return True
+    longest = duration(plan.predicted_blackout_ns)
+    return click.confirm(
+        f"Pause {len(plan.paused)} guests for at most {longest}?", default=True, err=True
+    )
+
+
+def _refusal(run_id: str, manifest: Manifest, error: RefusedError) -> Report:
+    """A refusal as a report, so that --json always is one. ``judged`` none: nothing was done."""
+    return Report(
+        run_id=run_id,
+        update=manifest.update.name,
+        started_realtime_ns=time.time_ns(),
+        impact=ImpactReport(
+            requested=manifest.update.impact, judged=Impact.NONE, actual=Impact.NONE
+        ),
+        method=None,
+        outcome=Outcome.REFUSED,
+        exit_code=ExitCode.REFUSED,
+        reasons=list(error.reasons),
+        budget_ns=HARD_CAP_NS,
+    )

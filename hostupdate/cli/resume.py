@@ -1,0 +1,121 @@
+"""``hostupdate resume``: also what the keeper runs when a run's orchestrator has died."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+import msgspec
+from rich.markup import escape
+
+from hostupdate.cli.compose import (
+    require_root,
+    resume_guest_by_monitor,
+)
+from hostupdate.cli.settings import Settings, global_options, pass_settings
+from hostupdate.cli.terminal import out, print_json
+from hostupdate.core.keeper import read_record
+from hostupdate.engine.outcome import new_report
+from hostupdate.engine.recovery import RecoveryHands, recover
+from hostupdate.guests import Hypervisor
+from hostupdate.host import processes
+from hostupdate.host.cgroups import Cgroups
+from hostupdate.journal import Journal
+from hostupdate.model import ArmedGuest, ArmedRecord, ExitCode, Outcome, Plan, Report
+
+#: A run that is just being refused holds the lock for as long as libvirt may take to answer it.
+_LOCK_NS = 10_000_000_000
+
+
+@click.command("resume")
+@global_options
+@pass_settings
+def command(settings: Settings) -> None:
+    """Finish an interrupted run: every guest that it paused runs again.
+
+    Does nothing where no run was interrupted. Steps of the update that had run stay as they are.
+    """
+    require_root()
+    config = settings.load_config()
+    journal = Journal(settings.state)
+    lock = journal.lock("resume", wait_ns=_LOCK_NS)
+    try:
+        record = journal.armed()
+        if record is None:
+            if settings.json:
+                print_json({"schema": "hostupdate-resume-v1", "run_id": None, "report": None})
+            else:
+                out().print("nothing to resume: no run was interrupted")
+            return
+        timeout_ns = config.deadlines.recovery_libvirt_ns
+        problems = recover(record, _hands(record, timeout_ns), timeout_ns)
+        report = _report(journal, record, problems)
+        if report is not None:
+            journal.save_report(report)
+        if not problems:
+            journal.disarm()
+    finally:
+        lock.release()
+    if settings.json:
+        print_json({"schema": "hostupdate-resume-v1", "run_id": record.run_id, "report": report})
+    else:
+        for name, problem in problems.items():
+            out().print(f"[bold red]guest {escape(name)}:[/] {escape(problem)}")
+        if not problems:
+            names = ", ".join(guest.name for guest in record.guests)
+            out().print(f"run {record.run_id}: all its guests run again: {escape(names)}")
+    sys.exit(ExitCode.GUEST_LOST if problems else ExitCode.OK)
+
+
+def _hands(record: ArmedRecord, timeout_ns: int) -> RecoveryHands:
+    cgroups = Cgroups(Path(record.cgroup2)) if record.cgroup2 is not None else None
+
+    def thaw(guest: ArmedGuest) -> None:
+        if cgroups is None or guest.cgroup is None:
+            processes.continue_process(guest.pid, guest.started)
+        elif guest.home_cgroup is not None:
+            cgroups.restore(guest.pid, guest.cgroup, guest.home_cgroup)
+        else:
+            cgroups.thaw(guest.cgroup)
+
+    return RecoveryHands(
+        thaw=thaw,
+        restore_memory_min=cgroups.set_memory_min if cgroups is not None else lambda _: None,
+        hypervisor=lambda: Hypervisor(record.uri, timeout_ns=timeout_ns),
+        is_alive=processes.is_same,
+        resume_by_monitor=resume_guest_by_monitor,
+    )
+
+
+def _report(journal: Journal, record: ArmedRecord, problems: dict[str, str]) -> Report | None:
+    """The interrupted run's report: what the keeper measured, and what is known to be unknown."""
+    directory = journal.directory(record.run_id)
+    try:
+        plan = msgspec.json.decode((directory / "plan.json").read_bytes(), type=Plan)
+    except (OSError, msgspec.DecodeError):
+        return None
+    report = new_report(record.run_id, plan, time.time_ns())
+    report.outcome = Outcome.FAILED
+    report.exit_code = ExitCode.GUEST_LOST if problems else ExitCode.FAILED
+    report.reasons.append(
+        f"the run was interrupted: its process, pid {record.pid}, died; "
+        "which steps had run is not known, none was undone"
+    )
+    report.reasons += [f"guest {name}: {problem}" for name, problem in problems.items()]
+    keeper = read_record(directory / "keeper.log")
+    if keeper is not None and keeper.armed:
+        armed_ns = keeper.armed[-1].monotonic_ns
+        by_uuid = {guest.uuid: guest for guest in report.guests}
+        for thaw in keeper.thaws:
+            guest = by_uuid[record.guests[thaw.guest].uuid]
+            if guest.resumed_monotonic_ns is None and thaw.monotonic_ns is not None:
+                guest.paused_monotonic_ns = armed_ns
+                guest.resumed_monotonic_ns = thaw.monotonic_ns
+                guest.blackout_ns = thaw.monotonic_ns - armed_ns
+                guest.notes.append("the keeper let it run; its blackout is an upper bound")
+        report.blackout_ns = max(
+            (guest.blackout_ns for guest in report.guests if guest.blackout_ns), default=None
+        )
+    return report
