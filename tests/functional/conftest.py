@@ -1,0 +1,93 @@
+"""Real guests for all functional tests: made once, checked after each test, removed at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hostupdate.host.cgroups import find_cgroup2
+from tests.functional.cli import Lab, Program, keepers, pids_naming
+from tests.requirements import need
+
+GUESTS = 2
+
+
+@pytest.fixture(scope="session")
+def state() -> Iterator[Path]:
+    """A state directory with a short path: libvirt's sockets lie below it."""
+    need("root")
+    path = Path(tempfile.mkdtemp(prefix="hu-", dir="/var/tmp"))
+    cache = os.environ.get("HOSTUPDATE_TEST_CACHE")
+    if cache:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        (path / "cache").symlink_to(cache)
+    yield path
+    for pid in pids_naming(str(path)):
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def running_lab(state: Path) -> Iterator[Lab]:
+    need("root", "qemu", "lab", "cgroup2")
+    program = Program(state)
+    ended = program("lab", "up", "--guests", str(GUESTS), "--memory", "192M", "--json")
+    assert ended.code == 0, ended.err
+    names = tuple(guest["name"] for guest in ended.data["guests"])
+    yield Lab(program.with_options("--connect", "lab"), names)
+    down = program("lab", "down")
+    assert down.code == 0, down.err
+
+
+@pytest.fixture
+def lab(running_lab: Lab) -> Iterator[Lab]:
+    """The guests, healthy before and after, with nothing of ours left behind."""
+    yield running_lab
+    status = running_lab.run("status", "--json").data
+    assert status["interrupted"] is None
+    assert status["holder"] is None
+    assert_nothing_left(running_lab)
+    running_lab.assert_healthy()
+
+
+def assert_nothing_left(lab: Lab) -> None:
+    """No cgroup, keeper or runtime file of this lab's runs."""
+    mount = find_cgroup2()
+    assert mount is not None
+    for guest in lab.run("guests", "--json").data["guests"]:
+        assert not (mount / "hostupdate" / guest["uuid"]).exists()
+    assert not keepers(lab)
+
+
+@pytest.fixture
+def write_manifest(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a manifest of [[step]] tables and returns its path."""
+
+    def write(*steps: str, update: str = "", name: str = "test") -> Path:
+        path = tmp_path / "update.toml"
+        path.write_text(f'[update]\nname = "{name}"\n{update}\n' + "\n".join(steps))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def suspended(running_lab: Lab) -> Iterator[str]:
+    """The last guest, paused by its owner for the time of a test."""
+    name = running_lab.names[-1]
+
+    def act(verb: str) -> None:
+        argv = [sys.executable, "-m", "tests.functional.owner"]
+        subprocess.run([*argv, str(running_lab.run.state), verb, name], check=True, timeout=60)
+
+    act("suspend")
+    yield name
+    act("resume")
