@@ -83,7 +83,9 @@ def main() -> None:
 
         where = f"{error.filename}: " if error.filename else ""
         print_error(
-            HostUpdateError(f"{where}{error.strerror or error}", remedy="check the path and its mode")
+            HostUpdateError(
+                f"{where}{error.strerror or error}", remedy="check the path and its mode"
+            )
         )
         sys.exit(ExitCode.ERROR)
 

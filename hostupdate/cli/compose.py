@@ -6,9 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from hostupdate import __version__
 from hostupdate.cli.settings import Settings
 from hostupdate.config import Config
 from hostupdate.core import clock
@@ -16,7 +17,7 @@ from hostupdate.core.freezer import GuestHandle, GuestSet, open_cgroup, open_pro
 from hostupdate.core.keeper import Keeper
 from hostupdate.engine import Hands
 from hostupdate.engine.ports import KeeperPort, PausedSet, ProgressPort
-from hostupdate.errors import HypervisorError, PrerequisiteError
+from hostupdate.errors import HostUpdateError, HypervisorError, PrerequisiteError
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.monitor import resume_by_monitor
 from hostupdate.host import processes
@@ -24,7 +25,7 @@ from hostupdate.host.cgroups import Cgroups, find_cgroup2
 from hostupdate.host.interrupts import Interrupts
 from hostupdate.host.memory import Memory
 from hostupdate.host.places import locate
-from hostupdate.host.steps import Steps
+from hostupdate.host.steps import Steps, program_version
 from hostupdate.journal import Journal
 from hostupdate.manifest import Manifest
 from hostupdate.model import GuestPlace, LocatedGuest
@@ -111,6 +112,17 @@ class CCore:
         return reading.offset_ns, reading.uncertainty_ns
 
 
+def versions(hypervisor: Hypervisor, guests: Sequence[LocatedGuest]) -> dict[str, str]:
+    """What is installed now, by name. What does not answer is left out."""
+    found = {"kernel": os.uname().release, "hostupdate": __version__}
+    with suppress(HostUpdateError):
+        found["libvirt"] = hypervisor.version()
+    pids = [located.place.pid for located in guests if located.place is not None]
+    for program in sorted({processes.program(pid) for pid in pids} - {""}):
+        found[program] = program_version(program)
+    return found
+
+
 def resume_guest_by_monitor(pid: int, timeout_ns: int) -> None:
     """Resumes the guest of a QEMU process through its own monitor socket."""
     sockets = processes.monitor_sockets(pid)
@@ -155,5 +167,6 @@ def make_hands(
             interrupts=interrupts,
             resume_by_monitor=resume_guest_by_monitor,
             is_alive=processes.is_same,
+            versions=lambda: versions(hypervisor, guests),
             places=places,
         )

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 from rich.markup import escape
-from rich.status import Status
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hostupdate.cli.terminal import duration, err
 from hostupdate.model import Action, Phase
 
 
 class Lines:
-    """One line for each action as it ends, and on a terminal a moving one for the action under
-    way. A blackout's lines come after it."""
+    """One line for each action as it ends, and on a terminal a moving one for what goes on.
+
+    A blackout's lines come after it. Its moving line is drawn by a thread of its own: a terminal
+    that blocks holds up nothing but that thread.
+    """
 
     def __init__(self) -> None:
         self._console = err()
-        self._status: Status | None = None
+        self._moving: Progress | None = None
 
-    def phase(self, phase: Phase) -> None:
-        """A new phase begins."""
+    def phase(self, phase: Phase, *, paused: bool) -> None:
+        """A new phase begins; ``paused``: guests will not run in it."""
         self._stop()
-        note = " (guests are paused)" if phase is Phase.BLACKOUT else ""
-        self._console.print(f"[bold]{phase}[/]{note}")
+        self._console.print(f"[bold]{phase}[/]")
+        if paused:
+            self._move("guests are paused")
 
     def started(self, action: Action) -> None:
         """An action begins."""
-        if self._console.is_terminal:
-            self._stop()
-            self._status = self._console.status(escape(action.title))
-            self._status.start()
+        self._stop()
+        self._move(escape(action.title))
 
     def ended(self, action: Action, duration_ns: int, problem: str) -> None:
         """An action has ended."""
@@ -44,16 +46,28 @@ class Lines:
         mark = "[red]undo failed[/]" if problem else "[yellow]undone[/]"
         self._console.print(f"  {mark} {escape(action.title)}: {escape(problem or action.undo)}")
 
+    def _move(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._moving = Progress(
+                SpinnerColumn(),
+                TextColumn(text),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._moving.add_task("")
+            self._moving.start()
+
     def _stop(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._moving is not None:
+            self._moving.stop()
+            self._moving = None
 
 
 class Silent:
     """For --quiet."""
 
-    def phase(self, phase: Phase) -> None:
+    def phase(self, phase: Phase, *, paused: bool) -> None:
         """Says nothing."""
 
     def started(self, action: Action) -> None:

@@ -44,6 +44,10 @@ def print_report(report: Report) -> None:
         console.print(f"[{colour}]-[/] {escape(reason)}")
     _print_guests(console, report)
     _print_steps(console, report)
+    for name, before in report.versions.before.items():
+        after = report.versions.after.get(name, MISSING)
+        change = "" if after == before else f" -> {escape(after)}"
+        console.print(f"{escape(name)}: {escape(before)}{change}")
     if report.host_clock is not None and report.host_clock.after_ns is not None:
         drift_ns = report.host_clock.after_ns - report.host_clock.before_ns
         console.print(
@@ -56,37 +60,32 @@ def _print_guests(console: Console, report: Report) -> None:
         return
     console.print()
     rows = table(
-        "guest", "state", ">blackout", ">resident", ">swapped in/out", ">maj. faults",
-        "pages kept by", "RAM digest",
-    )  # fmt: skip
+        "guest", ">blackout", ">resident", ">swapped in/out", ">major faults", "kept by", "digest"
+    )
     for guest in report.guests:
         residency = guest.residency
-        state = str(guest.state_before)
-        if guest.state_after not in (None, guest.state_before):
-            state += f", now {guest.state_after}"
         swapped = f"{size(residency.swapped_in_bytes)}/{size(residency.swapped_out_bytes)}"
         rows.add_row(
             escape(guest.name),
-            state,
             duration(guest.blackout_ns),
             size(residency.resident_bytes),
             swapped if residency.swapped_in_bytes is not None else MISSING,
             MISSING if residency.major_faults is None else str(residency.major_faults),
-            str(residency.protection),
+            str(residency.protection) if guest.blackout_ns is not None else MISSING,
             _digest(guest),
         )
     console.print(rows)
     for guest in report.guests:
-        for note in guest.notes:
+        if guest.state_after not in (None, guest.state_before):
+            console.print(f"{escape(guest.name)}: was {guest.state_before}, is {guest.state_after}")
+        reason = guest.residency.digest_reason
+        for note in [*guest.notes, *([f"no RAM digest: {reason}"] if reason else [])]:
             console.print(f"{escape(guest.name)}: {escape(note)}")
 
 
 def _digest(guest: GuestReport) -> str:
-    residency = guest.residency
-    if residency.digest_equal is None:
-        return escape(residency.digest_reason) or MISSING
-    word = "equal" if residency.digest_equal else "[red]CHANGED[/]"
-    return f"{word} ({residency.digest_pages} pages)"
+    equal = guest.residency.digest_equal
+    return MISSING if equal is None else "equal" if equal else "[red]CHANGED[/]"
 
 
 def _print_steps(console: Console, report: Report) -> None:

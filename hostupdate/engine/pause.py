@@ -98,7 +98,11 @@ class Pause:
     def stop(self, _action: Action) -> None:
         """Stops the guests through libvirt. GuestError: none of them is stopped."""
         self._stopped = True
-        asked = self._hands.hypervisor.stop(self._names, self._config.pause.stop_timeout_ns)
+        try:
+            asked = self._hands.hypervisor.stop(self._names, self._config.pause.stop_timeout_ns)
+        except HostUpdateError:
+            self._stopped = False
+            raise
         for uuid, asked_ns in asked.items():
             self._reports[uuid].paused_monotonic_ns = asked_ns
 
@@ -162,8 +166,13 @@ class Pause:
         self._stopped = False
 
     def let_run(self) -> None:
-        """From any state: every guest that we paused runs again, or is in :meth:`problems`."""
+        """From any state: every guest that we paused runs again, or is in :meth:`problems`.
+
+        The keeper is disarmed as soon as the guests' threads run: libvirt may take its time to
+        resume them, and the keeper would take that for a hang and end us in the middle of it.
+        """
         self.thaw()
+        self.disarm()
         self.resume()
 
     def problems(self) -> dict[str, str]:

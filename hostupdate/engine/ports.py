@@ -128,7 +128,7 @@ class JournalPort(Protocol):
 class ProgressPort(Protocol):
     """Whoever watches. Called only while guests run; a blackout's events come after it."""
 
-    def phase(self, phase: Phase) -> None: ...
+    def phase(self, phase: Phase, *, paused: bool) -> None: ...
     def started(self, action: Action) -> None: ...
     def ended(self, action: Action, duration_ns: int, problem: str) -> None: ...
     def undone(self, action: Action, problem: str) -> None: ...
@@ -146,7 +146,8 @@ class Hands:
     """Everything the engine may touch the world with.
 
     ``resume_by_monitor(pid, timeout_ns)`` resumes a guest without libvirt; ``is_alive(pid,
-    started)`` tells whether that process still lives; ``places`` maps a guest's uuid to its place.
+    started)`` tells whether that process still lives; ``versions`` names what is installed now;
+    ``places`` maps a guest's uuid to its place.
     """
 
     hypervisor: HypervisorPort
@@ -159,4 +160,5 @@ class Hands:
     interrupts: InterruptsPort
     resume_by_monitor: Callable[[int, int], None]
     is_alive: Callable[[int, float], bool]
+    versions: Callable[[], dict[str, str]]
     places: Mapping[str, GuestPlace]

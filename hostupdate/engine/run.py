@@ -75,6 +75,7 @@ class Run:
         it. Every guest that was paused runs when this returns, or is named in the reasons.
         """
         self._clock_before()
+        self._report.versions.before = self._hands.versions()
         try:
             for action in self._plan.actions:
                 self._enter(action.phase)
@@ -89,6 +90,7 @@ class Run:
         self._flush_progress()
         self._hands.steps.reap()
         self._clock_after()
+        self._report.versions.after = self._hands.versions()
         self._outcomes.conclude(self._committed)
         self._hands.journal.save_report(self._report)
         return self._report
@@ -107,9 +109,10 @@ class Run:
         else:
             gc.enable()
             self._flush_progress()
+        paused = phase is Phase.BLACKOUT and self._plan.method is not None
+        self._hands.progress.phase(phase, paused=paused)
         if phase is Phase.FINISH and self._plan.method is None:
             self._committed = True
-        self._tell(lambda: self._hands.progress.phase(phase))
 
     def _end_phase(self) -> None:
         if self._report.phases and self._report.phases[-1].end_ns is None:
@@ -283,7 +286,6 @@ class Run:
 
     def _fail(self, error: Exception) -> None:
         self._pause.let_run()
-        self._pause.disarm()
         self._end_phase()
         gc.enable()
         self._flush_progress()

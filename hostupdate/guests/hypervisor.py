@@ -181,7 +181,10 @@ class Hypervisor:
                 calls[uuid].result(deadline_ns, timeout_ns)
                 outcome[uuid] = calls[uuid].ended_ns
             except (DeadlineError, libvirt.libvirtError) as error:
-                outcome[uuid] = GuestError(name, f"libvirt cannot resume it: {error}")
+                if self.state(uuid) is GuestState.RUNNING:
+                    outcome[uuid] = calls[uuid].ended_ns or time.monotonic_ns()
+                else:
+                    outcome[uuid] = GuestError(name, f"libvirt cannot resume it: {error}")
         return outcome
 
     def call(self, what: str, run: Callable[[Any], T], timeout_ns: int | None = None) -> T:

@@ -101,6 +101,14 @@ def monitor_sockets(pid: int) -> tuple[str, ...]:
     return tuple(sorted(paths))
 
 
+def program(pid: int) -> str:
+    """Path of the program that a process runs, as it was when it began; empty where it is gone."""
+    try:
+        return os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
+    except OSError:
+        return ""
+
+
 def continue_process(pid: int, started: float) -> None:
     """SIGCONT, where the process is still the one that started then."""
     if is_same(pid, started):

@@ -192,6 +192,15 @@ def find_programs(step: Step) -> tuple[Command, Command | None, Command | None]:
     )
 
 
+def program_version(program: str) -> str:
+    """First line of what ``program --version`` prints; "unknown" where it prints none in time."""
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.decode(errors="replace").partition("\n")[0].strip() or "unknown"
+
+
 def _ending(status: int | None) -> str:
     if status is None:
         return "did not end"

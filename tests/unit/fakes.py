@@ -282,7 +282,7 @@ class FakeHands:
         self.world.saved = report
 
     # progress
-    def phase(self, phase: Phase) -> None:
+    def phase(self, phase: Phase, *, paused: bool) -> None:
         assert not self.world.frozen, "told something while guests are paused"
 
     def started(self, action: Action) -> None:
@@ -315,5 +315,6 @@ def hands_of(fake: FakeHands, guests: Sequence[LocatedGuest], *, cgroups: bool =
         interrupts=fake,
         resume_by_monitor=fake.resume_by_monitor,
         is_alive=fake.is_alive,
+        versions=lambda: {"kernel": "6"},
         places={guest.guest.uuid: guest.place for guest in guests if guest.place is not None},
     )

@@ -100,8 +100,8 @@ def test_a_failing_step_resumes_guests_first_and_undoes_in_reverse(
     report = run(fake, method=method)
     assert (report.outcome, report.exit_code) == (Outcome.FAILED, ExitCode.FAILED)
     after = world.log[world.log.index("run two") + 1 :]
-    back = ["thaw", "resume"] if method == "stop" else ["thaw"]
-    assert after == [*back, "disarm", "undo two", "undo one", "keeper-end", "undo download"]
+    back = ["thaw", "disarm", "resume"] if method == "stop" else ["thaw", "disarm"]
+    assert after == [*back, "undo two", "undo one", "keeper-end", "undo download"]
     assert "step 'two': ended with exit status 3" in report.reasons
     assert [(s.name, s.undone) for s in report.steps] == [
         ("download", True), ("one", True), ("two", True),
