@@ -125,17 +125,17 @@ class GuestSet:
     def freeze(self, deadline_monotonic_ns: int) -> list[Stamp]:
         """Stops every guest or none.
 
-        Raises CoreError: ETIMEDOUT (one was not stopped by the deadline), ENODEV (its cgroup is
-        gone), ESRCH (its process is gone). Its detail says which. Every guest has been told to run
-        then.
+        Raises CoreError: ETIMEDOUT (one was not stopped by the deadline, or the deadline has passed
+        already), ENODEV (its cgroup is gone), ESRCH (its processes are gone). Its detail says which
+        guest. Every guest has been told to run then.
         """
         result = lib.hu_guests_freeze(
             self._guests, len(self.handles), deadline_monotonic_ns, self._stamps, self._failed
         )
         if result < 0:
-            index = self._failed[0]
-            label = f"guest {index}, {self.handles[index].label}" if self.handles else ""
-            check("hu_guests_freeze", result, label)
+            culprit: int = self._failed[0]
+            blame = self._name(culprit) if culprit < len(self.handles) else ""
+            check("hu_guests_freeze", result, blame)
         return self.stamps()
 
     def thaw(self, deadline_monotonic_ns: int) -> list[Stamp]:
@@ -150,12 +150,15 @@ class GuestSet:
         )
         if result < 0:
             late = [
-                f"guest {index}, {handle.label}"
-                for index, handle in enumerate(self.handles)
-                if not self._stamps[index].settled_monotonic_ns
+                self._name(index)
+                for index, stamp in enumerate(self._stamps)
+                if not stamp.settled_monotonic_ns
             ]
             check("hu_guests_thaw", result, "; ".join(late))
         return self.stamps()
+
+    def _name(self, index: int) -> str:
+        return f"guest {index}, {self.handles[index].label}"
 
     def stamps(self) -> list[Stamp]:
         """The stamps of the last call that filled them."""

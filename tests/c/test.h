@@ -234,7 +234,7 @@ static MAYBE_UNUSED void guest_start(struct test_guest *guest, int number)
 		guest->core.pidfd = hu_pidfd_open(guest->pid);
 		CHECK(guest->core.pidfd >= 0);
 	} else {
-		char path[200];
+		char path[800];
 
 		snprintf(guest->path, sizeof(guest->path), "%s/guest%d", test_root, number);
 		CHECK(mkdir(guest->path, 0755) == 0);
