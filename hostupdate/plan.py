@@ -16,6 +16,7 @@ from hostupdate.model import (
     HARD_CAP_NS,
     Action,
     FreezeBy,
+    GuestPlace,
     GuestState,
     Impact,
     LocatedGuest,
@@ -138,12 +139,6 @@ def _plan_guest(
             reason=reason or located.problem,
         )  # fmt: skip
 
-    if cgroup2 and place.memory_controller and not place.shared_cgroup:
-        protection = Protection.MEMORY_MIN
-    elif place.shared_ram and config.residency.lock:
-        protection = Protection.LOCKED
-    else:
-        protection = Protection.NONE
     digest_reason = ""
     if verify_ram == "off":
         digest_reason = "switched off"
@@ -156,9 +151,16 @@ def _plan_guest(
         pause=True,
         freeze_by=FreezeBy.CGROUP if cgroup2 else FreezeBy.SIGNAL,
         isolate=cgroup2 and place.shared_cgroup,
-        protection=protection,
+        protection=protection_of(place, lock=config.residency.lock),
         digest_reason=digest_reason,
     )
+
+
+def protection_of(place: GuestPlace, *, lock: bool) -> Protection:
+    """What can keep the guest's pages in RAM; ``lock``: locking them is allowed."""
+    if place.memory_controller and not place.shared_cgroup:
+        return Protection.MEMORY_MIN
+    return Protection.LOCKED if place.shared_ram and lock else Protection.NONE
 
 
 def _budget_ns(

@@ -10,6 +10,7 @@ from hostupdate.cli.compose import located_guests, open_cgroups, open_hypervisor
 from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import MISSING, err, out, print_json, size, table
 from hostupdate.model import GuestState, LocatedGuest, Protection
+from hostupdate.plan import protection_of
 
 SCHEMA = "hostupdate-guests-v1"
 
@@ -34,7 +35,7 @@ class GuestRow(msgspec.Struct, frozen=True, kw_only=True):
     max_blackout_ns: int | None
 
 
-def _row(located: LocatedGuest, cgroup2: bool) -> GuestRow:
+def _row(located: LocatedGuest, *, cgroup2: bool, lock: bool) -> GuestRow:
     guest, place = located.guest, located.place
     running = guest.state is GuestState.RUNNING
     notes = [located.problem] if located.problem else []
@@ -46,12 +47,7 @@ def _row(located: LocatedGuest, cgroup2: bool) -> GuestRow:
             notes.append("in a shared cgroup, moved to its own for a pause")
         if place.dma_writers:
             notes.append("no RAM digest: " + ", ".join(place.dma_writers))
-        if place.memory_controller and not place.shared_cgroup:
-            protection = Protection.MEMORY_MIN
-        elif place.shared_ram:
-            protection = Protection.LOCKED
-        else:
-            protection = Protection.NONE
+        protection = protection_of(place, lock=lock)
     return GuestRow(
         name=guest.name,
         uuid=guest.uuid,
@@ -81,7 +77,8 @@ def command(settings: Settings) -> None:
     cgroups = open_cgroups(config)
     with open_hypervisor(settings, config) as hypervisor:
         located = located_guests(hypervisor, cgroups)
-    rows = [_row(guest, cgroups is not None) for guest in located]
+    cgroup2, lock = cgroups is not None, config.residency.lock
+    rows = [_row(guest, cgroup2=cgroup2, lock=lock) for guest in located]
     if settings.json:
         print_json({"schema": SCHEMA, "uri": settings.uri, "guests": rows})
         return

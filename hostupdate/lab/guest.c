@@ -38,13 +38,13 @@
 #define AGENT_PORT "org.qemu.guest_agent.0"
 #define AGENT_LINK "/dev/virtio-ports/" AGENT_PORT
 #define PAGE ((size_t)4096)
-#define PASS_MS 10000	/* one verification of all pages takes about so long */
-#define BAD_LINES 10	/* so many mismatches are described one by one */
+#define PASS_MS 10000 /* one verification of all pages takes about so long */
+#define BAD_LINES 10 /* so many mismatches are described one by one */
 #define AGENT_SLACK_NS 400000000UL
 #define NS 1000000000LL
 
 struct options {
-	uint64_t fill;		/* bytes, or percent of the free RAM */
+	uint64_t fill; /* bytes, or percent of the free RAM */
 	bool fill_percent;
 	unsigned rate_ms;
 	bool load;
@@ -85,8 +85,7 @@ static void sleep_until(int64_t mono)
 static bool line_flush(struct line *line)
 {
 	while (line->sent < line->size) {
-		ssize_t n = write(line->fd, line->text + line->sent,
-				  line->size - line->sent);
+		ssize_t n = write(line->fd, line->text + line->sent, line->size - line->sent);
 
 		if (n <= 0)
 			return false;
@@ -95,8 +94,8 @@ static bool line_flush(struct line *line)
 	return true;
 }
 
-__attribute__((format(printf, 2, 3)))
-static void line_print(struct line *line, const char *format, ...)
+__attribute__((format(printf, 2, 3))) static void line_print(struct line *line, const char *format,
+							     ...)
 {
 	va_list args;
 	int n;
@@ -157,8 +156,7 @@ static void witness(const struct options *options)
 	if (getrandom(&seed, sizeof(seed), GRND_NONBLOCK) != sizeof(seed))
 		seed = (uint64_t)now_ns(CLOCK_REALTIME);
 	bytes = fill_bytes(options);
-	ram = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-		   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ram = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (ram == MAP_FAILED) {
 		line_print(&line, "FAIL no memory: %zu bytes\n", bytes);
 		return;
@@ -181,9 +179,8 @@ static void witness(const struct options *options)
 		line_print(&line,
 			   "TICK seq=%llu mono=%lld real=%lld passes=%llu bad=%llu gap=%lld\n",
 			   (unsigned long long)seq++, (long long)mono,
-			   (long long)now_ns(CLOCK_REALTIME),
-			   (unsigned long long)passes, (unsigned long long)bad,
-			   (long long)worst);
+			   (long long)now_ns(CLOCK_REALTIME), (unsigned long long)passes,
+			   (unsigned long long)bad, (long long)worst);
 		for (size_t i = 0; i < chunk; i++) {
 			if (ram[at * words] != mix(seed + at) ||
 			    ram[at * words + words - 1] != mix(seed ^ at)) {
@@ -235,8 +232,8 @@ static void agent(const struct options *options)
 	 * lets it look when a tick has woken the vCPU anyhow.
 	 */
 	prctl(PR_SET_TIMERSLACK, AGENT_SLACK_NS, 0, 0, 0);
-	execl("/usr/sbin/qemu-ga", "qemu-ga", "-m", "virtio-serial",
-	      "-p", AGENT_LINK, "-t", "/run", (char *)NULL);
+	execl("/usr/sbin/qemu-ga", "qemu-ga", "-m", "virtio-serial", "-p", AGENT_LINK, "-t", "/run",
+	      (char *)NULL);
 }
 
 static void spin(const struct options *options)
@@ -276,8 +273,10 @@ static void read_options(struct options *options)
 		if (!strncmp(word, "hu.fill=", 8)) {
 			options->fill = strtoull(word + 8, &end, 0);
 			options->fill_percent = *end == '%';
-			options->fill <<= *end == 'K' ? 10 : *end == 'M' ? 20 :
-					  *end == 'G' ? 30 : 0;
+			options->fill <<= *end == 'K' ? 10 :
+					  *end == 'M' ? 20 :
+					  *end == 'G' ? 30 :
+							0;
 		} else if (!strncmp(word, "hu.rate=", 8)) {
 			options->rate_ms = (unsigned)strtoul(word + 8, NULL, 0);
 		} else if (!strncmp(word, "hu.load=", 8)) {
