@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,17 @@ import pytest
 
 def _cgroup2() -> bool:
     return "cgroup2 " in Path("/proc/self/mountinfo").read_text()
+
+
+#: Runs what follows as somebody who may nothing.
+NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+
+
+def _nobody() -> bool:
+    argv = [*NOBODY, sys.executable, "-c", "import hostupdate.cli"]
+    if not shutil.which(argv[0]):
+        return False
+    return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
 _CHECKS: dict[str, tuple[Callable[[], object], str]] = {
@@ -25,6 +38,7 @@ _CHECKS: dict[str, tuple[Callable[[], object], str]] = {
         "busybox, cc and apt-get are needed to build lab guests",
     ),
     "c": (lambda: shutil.which("make") and shutil.which("gcc"), "make and gcc are needed"),
+    "nobody": (_nobody, "another user cannot reach this interpreter and the package"),
     "valgrind": (lambda: shutil.which("valgrind"), "valgrind is not installed"),
 }
 

@@ -68,13 +68,13 @@ def global_options(command: F) -> F:
     @click.option("--connect", "-c", metavar="URI", help="libvirt URI, or 'lab'.")
     @click.option(
         "--state",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=click.Path(path_type=Path, file_okay=False, readable=False),
         envvar="HOSTUPDATE_STATE",
         help=f"State directory [default: {DEFAULT_STATE}].",
     )
     @click.option(
         "--config",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=click.Path(path_type=Path, dir_okay=False, readable=False),
         help=f"Configuration file [default: {DEFAULT_CONFIG}].",
     )
     @click.option("--json", "json_", is_flag=True, help="One JSON document on stdout.")
@@ -113,6 +113,8 @@ def global_options(command: F) -> F:
             format="%(name)s: %(message)s",
             force=True,
         )
+        if not settings.verbose:  # it warns of what its caller is told by an exception
+            logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         return command(*args, **rest)
 
     return wrapper  # type: ignore[return-value]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hostupdate.durations import format_duration
 from hostupdate.engine.pause import Pause
 from hostupdate.engine.ports import Hands
@@ -16,6 +18,9 @@ from hostupdate.model import (
     Plan,
     Report,
 )
+
+#: How long libvirt may still call a guest paused that was resumed.
+_SETTLE_NS = 2_000_000_000
 
 
 def new_report(run_id: str, plan: Plan, started_realtime_ns: int) -> Report:
@@ -53,6 +58,8 @@ class Outcomes:
         self._pause = pause
         self._report = report
         self._degraded = False
+        self._lost: dict[str, str] = {}
+        self._silent = False  #: libvirt did not answer: not asked again for each other guest
 
     def degrade(self, reason: str) -> None:
         """The update was applied, but something promised was missed."""
@@ -94,10 +101,15 @@ class Outcomes:
                 f"the blackout was {format_duration(report.blackout_ns or 0)}, "
                 f"the budget {format_duration(report.budget_ns)}"
             )
-        lost = {} if committed else self._lost()
-        for name, problem in lost.items():
+        self._lost = {} if committed else self._lost_guests()
+        for name, problem in self._lost.items():
             report.reasons.append(f"guest {name}: {problem}")
-        if lost:
+        self.judge(committed)
+
+    def judge(self, committed: bool) -> None:
+        """Sets outcome and exit code by what has been found so far."""
+        report = self._report
+        if self._lost:
             report.outcome, report.exit_code = Outcome.FAILED, ExitCode.GUEST_LOST
         elif not committed:
             report.outcome, report.exit_code = Outcome.FAILED, ExitCode.FAILED
@@ -113,16 +125,29 @@ class Outcomes:
     def _observe(self, guest: GuestReport) -> str:
         """Looks at the guest now; returns what is wrong with it, or nothing."""
         place = self._hands.places[guest.uuid]
-        guest.state_after = self._hands.hypervisor.state(guest.uuid)
+        guest.state_after = GuestState.UNKNOWN
+        if not self._silent:
+            guest.state_after = self._settled_state(guest.uuid)
+            self._silent = guest.state_after is GuestState.UNKNOWN
         if not self._hands.is_alive(place.pid, place.started):
             return f"its QEMU, pid {place.pid}, is gone"
         if guest.state_after not in (GuestState.RUNNING, GuestState.UNKNOWN):
             return f"it is {guest.state_after}, it was {guest.state_before}"
         return ""
 
-    def _lost(self) -> dict[str, str]:
+    def _settled_state(self, uuid: str) -> GuestState:
+        """A daemon that has just been started tells what it remembers, until QEMU tells it more."""
+        deadline_ns = time.monotonic_ns() + _SETTLE_NS
+        while True:
+            state = self._hands.hypervisor.state(uuid)
+            if state is not GuestState.PAUSED or time.monotonic_ns() >= deadline_ns:
+                return state
+            time.sleep(0.02)
+
+    def _lost_guests(self) -> dict[str, str]:
         problems = self._pause.problems()
         lost = {}
+        self._silent = False
         for guest in self._paused_reports():
             problem = self._observe(guest) or problems.get(guest.uuid, "")
             if problem:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from hostupdate.config import Config
 from hostupdate.engine.ports import Hands, KeeperPort, PausedSet, StampView
@@ -45,6 +46,7 @@ class Pause:
         self._stopped = False
         self._armed = False
         self._problems: dict[str, str] = {}
+        self._unresumed: set[str] = set()
         self.keeper_problem = ""  #: what the keeper had to do, or that it is gone
         self.deadline_ns = 0  #: the keeper's, CLOCK_MONOTONIC; 0 until armed
         self.spread_ns: int | None = None
@@ -96,13 +98,10 @@ class Pause:
         self._armed = True
 
     def stop(self, _action: Action) -> None:
-        """Stops the guests through libvirt. GuestError: none of them is stopped."""
+        """Stops the guests through libvirt. GuestError: none of them is stopped, but one that did
+        not answer may stop later, so that :meth:`resume` has to see it run."""
         self._stopped = True
-        try:
-            asked = self._hands.hypervisor.stop(self._names, self._config.pause.stop_timeout_ns)
-        except HostUpdateError:
-            self._stopped = False
-            raise
+        asked = self._hands.hypervisor.stop(self._names, self._config.pause.stop_timeout_ns)
         for uuid, asked_ns in asked.items():
             self._reports[uuid].paused_monotonic_ns = asked_ns
 
@@ -145,25 +144,53 @@ class Pause:
 
     def resume(self, _action: Action | None = None) -> None:
         """Resumes stopped guests: through libvirt, and where that fails through the guest's own
-        monitor socket."""
+        monitor socket. What resumes neither way is tried again by :meth:`retry`."""
         if not self._stopped:
             return
-        names = [name for name in self._names if name[0] not in self._problems]
+        self._stopped = False
+        self._resume([name for name in self._names if name[0] not in self._problems])
+
+    def retry(self) -> None:
+        """Once more for guests that did not resume: an undo may have brought libvirt back."""
+        again = [name for name in self._names if name[0] in self._unresumed]
+        for uuid, _ in again:
+            self._problems.pop(uuid)
+        self._unresumed.clear()
+        if again:
+            self._resume(again)
+
+    def _resume(self, names: list[tuple[str, str]]) -> None:
         timeout_ns = self._config.deadlines.recovery_libvirt_ns
+        failed: list[tuple[str, int | Exception]] = []
         for uuid, outcome in self._hands.hypervisor.resume(names, timeout_ns).items():
-            report = self._reports[uuid]
             if isinstance(outcome, int):
-                report.resumed_monotonic_ns = outcome
-                continue
+                self._reports[uuid].resumed_monotonic_ns = outcome
+            else:
+                failed.append((uuid, outcome))
+        if not failed:
+            return
+        # Its answer outstanding, the keeper would kill us before the guests' monitors had theirs.
+        # From now on it only acts on our death.
+        self.disarm()
+
+        def by_monitor(uuid: str) -> int | HostUpdateError:
             try:
                 self._hands.resume_by_monitor(self._hands.places[uuid].pid, timeout_ns)
             except HostUpdateError as error:
-                report.resumed_monotonic_ns = None
-                self._problems[uuid] = f"{outcome}; by its monitor: {error}"
+                return error
+            return time.monotonic_ns()
+
+        with ThreadPoolExecutor(max_workers=len(failed)) as pool:
+            seconds = list(pool.map(by_monitor, [uuid for uuid, _ in failed]))
+        for (uuid, first), second in zip(failed, seconds, strict=True):
+            report = self._reports[uuid]
+            if isinstance(second, int):
+                report.resumed_monotonic_ns = second
+                report.notes.append(f"resumed through its monitor socket: {first}")
             else:
-                report.resumed_monotonic_ns = time.monotonic_ns()
-                report.notes.append(f"resumed through its monitor socket: {outcome}")
-        self._stopped = False
+                report.resumed_monotonic_ns = None
+                self._problems[uuid] = f"{first}; by its monitor: {second}"
+                self._unresumed.add(uuid)
 
     def let_run(self) -> None:
         """From any state: every guest that we paused runs again, or is in :meth:`problems`.
@@ -178,6 +205,16 @@ class Pause:
     def problems(self) -> dict[str, str]:
         """uuid -> why the guest is not known to run again."""
         return dict(self._problems)
+
+    def unresumed(self) -> list[str]:
+        """Names of guests that live, are paused, and that nobody could be reached to resume."""
+        alive = self._hands.is_alive
+        places = self._hands.places
+        return [
+            name
+            for uuid, name in self._names
+            if uuid in self._unresumed and alive(places[uuid].pid, places[uuid].started)
+        ]
 
     def alarmed(self) -> bool:
         """The keeper has fired or is gone."""

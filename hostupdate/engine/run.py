@@ -69,7 +69,8 @@ class Run:
         }
 
     def execute(self) -> Report:
-        """Runs to the end, whatever happens, and returns the report, which is on disk then.
+        """Runs to the end, whatever happens, and returns the report, which is on disk then (or
+        says why it is not).
 
         Raises nothing that went wrong in the run: the report's outcome, exit code and reasons say
         it. Every guest that was paused runs when this returns, or is named in the reasons.
@@ -92,7 +93,11 @@ class Run:
         self._clock_after()
         self._report.versions.after = self._hands.versions()
         self._outcomes.conclude(self._committed)
-        self._hands.journal.save_report(self._report)
+        try:
+            self._hands.journal.save_report(self._report)
+        except (OSError, HostUpdateError) as error:  # the caller has it all the same
+            self._outcomes.degrade(f"the report is not kept: {_words(error)}")
+            self._outcomes.judge(self._committed)
         return self._report
 
     def _enter(self, phase: Phase) -> None:
@@ -211,7 +216,7 @@ class Run:
         if cgroups is not None and wanted:
             self._memory_min = cgroups.memory_min_changes(wanted)
         assert self._plan.method is not None
-        self._undo.append((action, self._hands.journal.disarm))
+        self._undo.append((action, self._drop_record))
         self._hands.journal.arm(
             ArmedRecord(
                 run_id=self._run_id,
@@ -272,7 +277,12 @@ class Run:
         self._pause.release(action)
         self._bring_home()
         self._unprotect()
-        self._hands.journal.disarm()
+        self._drop_record()
+
+    def _drop_record(self) -> None:
+        """The record stays as long as `hostupdate resume` has something to do."""
+        if not self._pause.unresumed():
+            self._hands.journal.disarm()
 
     def _verify(self, _action: Action) -> None:
         self._outcomes.verify()
@@ -300,6 +310,14 @@ class Run:
             if action.undo:
                 self._hands.progress.undone(action, problem)
         self._undo.clear()
+        if self._pause.unresumed():
+            self._pause.retry()
+            self._drop_record()
+        if self._pause.unresumed():
+            names = ", ".join(self._pause.unresumed())
+            self._report.reasons.append(
+                f"not known to run: {names}; run `hostupdate resume` once libvirt answers"
+            )
         if self._pause.began:
             self._residency.conclude()
         if self._pause.keeper_problem:

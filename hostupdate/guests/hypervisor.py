@@ -62,15 +62,18 @@ class Hypervisor:
     def __init__(self, uri: str, *, timeout_ns: int) -> None:
         self.uri = uri
         self._timeout_ns = timeout_ns
-        self._embedded = embedded_root(uri) is not None
+        root = embedded_root(uri)
+        if root is not None and not root.is_dir():  # libvirt would make it
+            raise HypervisorError(
+                f"libvirt: {uri}: {root}: no such directory",
+                remedy="`hostupdate lab up` makes guests for --connect lab",
+            )
+        self._embedded = root is not None
         self._workers: dict[str, Worker] = {}
         self._domains: dict[str, Any] = {}
         _start_event_loop()
-        self._connection: Any = self._call(f"open {uri}", lambda: libvirt.open(uri))
-        if not self._embedded:
-            self._call(
-                "keepalive", lambda: self._connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
-            )
+        self._connection: Any = None
+        self._open(f"open {uri}", timeout_ns)
 
     def close(self) -> None:
         """Closes the connection; guests are not touched. Never raises."""
@@ -117,12 +120,14 @@ class Hypervisor:
         except (HypervisorError, DeadlineError):
             return GuestState.UNKNOWN
 
-    def prepare(self, uuids: Sequence[str]) -> None:
+    def prepare(self, uuids: Sequence[str], timeout_ns: int | None = None) -> None:
         """Looks the guests up and starts a worker thread for each, so that stopping them needs
         neither later. HypervisorError where one is unknown."""
         for uuid in uuids:
             self._domains[uuid] = self._call(
-                "look up a guest", partial(self._connection.lookupByUUIDString, uuid)
+                "look up a guest",
+                partial(self._connection.lookupByUUIDString, uuid),
+                timeout_ns,
             )
             self._workers[uuid] = Worker(f"guest-{uuid[:8]}")
 
@@ -168,11 +173,27 @@ class Hypervisor:
     ) -> dict[str, int | Exception]:
         """Resumes the prepared guests in parallel, all of them whatever happens to one.
 
-        Returns for each uuid the CLOCK_MONOTONIC ns at which it ran again, or the error.
+        Returns for each uuid the CLOCK_MONOTONIC ns at which it ran again, or the error. A daemon
+        that was started anew meanwhile is connected to again.
         """
         deadline_ns = time.monotonic_ns() + timeout_ns
+        outcome = self._resume(guests, deadline_ns, timeout_ns)
+        failed = [guest for guest in guests if not isinstance(outcome[guest[0]], int)]
+        if failed:
+            with suppress(HypervisorError, DeadlineError):
+                left_ns = max(1, deadline_ns - time.monotonic_ns())
+                self._reopen(left_ns)
+                self.prepare([uuid for uuid, _ in failed], left_ns)
+                outcome |= self._resume(failed, deadline_ns, timeout_ns)
+        return outcome
+
+    def _resume(
+        self, guests: Sequence[tuple[str, str]], deadline_ns: int, timeout_ns: int
+    ) -> dict[str, int | Exception]:
         calls = {
-            uuid: self._workers[uuid].submit(f"resume {name}", self._domains[uuid].resume)
+            uuid: self._workers[uuid].submit(
+                f"resume {name}", partial(_let_run, self._domains[uuid])
+            )
             for uuid, name in guests
         }
         outcome: dict[str, int | Exception] = {}
@@ -181,10 +202,9 @@ class Hypervisor:
                 calls[uuid].result(deadline_ns, timeout_ns)
                 outcome[uuid] = calls[uuid].ended_ns
             except (DeadlineError, libvirt.libvirtError) as error:
-                if self.state(uuid) is GuestState.RUNNING:
-                    outcome[uuid] = calls[uuid].ended_ns or time.monotonic_ns()
-                else:
-                    outcome[uuid] = GuestError(name, f"libvirt cannot resume it: {error}")
+                outcome[uuid] = GuestError(name, f"libvirt cannot resume it: {error}")
+                self._workers[uuid].close()
+                self._workers[uuid] = Worker(f"guest-{uuid[:8]}")
         return outcome
 
     def call(self, what: str, run: Callable[[Any], T], timeout_ns: int | None = None) -> T:
@@ -195,9 +215,16 @@ class Hypervisor:
         """The daemon may have been what was updated: a connection outlives it only in name."""
         if self._embedded or self._connection is None or self._connection.isAlive() == 1:
             raise HypervisorError(f"libvirt: {self.uri} does not answer", remedy=_remedy(self.uri))
-        self._connection = self._call(
-            f"open {self.uri} again", lambda: libvirt.open(self.uri), timeout_ns
-        )
+        self._open(f"open {self.uri} again", timeout_ns)
+
+    def _open(self, what: str, timeout_ns: int | None) -> None:
+        def connect() -> Any:
+            connection = libvirt.open(self.uri)
+            if not self._embedded:
+                connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
+            return connection
+
+        self._connection = self._call(what, connect, timeout_ns)
 
     def _describe(self, domain: Any) -> Guest | None:
         name = domain.name()
@@ -236,7 +263,16 @@ class Hypervisor:
 
 
 def _take_back(domain: Any, _value: object) -> None:
-    domain.resume()
+    _let_run(domain)
+
+
+def _let_run(domain: Any) -> None:
+    """libvirt refuses to resume a guest that runs."""
+    try:
+        domain.resume()
+    except libvirt.libvirtError:
+        if _STATES.get(domain.state()[0]) is not GuestState.RUNNING:
+            raise
 
 
 def _remedy(uri: str) -> str:

@@ -90,7 +90,8 @@ def major_faults(pid: int) -> int:
 
 
 def monitor_sockets(pid: int) -> tuple[str, ...]:
-    """Paths of the QMP sockets on which the process listens."""
+    """Paths, as this process reaches them, of the QMP sockets on which the process listens: it may
+    live in a mount namespace of its own (libvirt in a container)."""
     try:
         connections = psutil.Process(pid).net_connections(kind="unix")
     except AttributeError:  # psutil before 6.0
@@ -98,7 +99,12 @@ def monitor_sockets(pid: int) -> tuple[str, ...]:
     except psutil.NoSuchProcess:
         return ()
     paths = {str(c.laddr) for c in connections if str(c.laddr).endswith("/monitor.sock")}
-    return tuple(sorted(paths))
+    reached = []
+    for path in sorted(paths):
+        through = f"/proc/{pid}/root{path}"
+        # A socket's address holds 107 bytes (unix(7)).
+        reached.append(through if len(os.fsencode(through)) <= 107 else path)
+    return tuple(reached)
 
 
 def program(pid: int) -> str:

@@ -25,14 +25,20 @@ def state() -> Iterator[Path]:
     """A state directory with a short path: libvirt's sockets lie below it."""
     need("root")
     path = Path(tempfile.mkdtemp(prefix="hu-", dir="/var/tmp"))
-    cache = os.environ.get("HOSTUPDATE_TEST_CACHE")
-    if cache:
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        (path / "cache").symlink_to(cache)
+    make_cache(path)
     yield path
     for pid in pids_naming(str(path)):
         os.kill(pid, signal.SIGKILL)
     shutil.rmtree(path)
+
+
+def make_cache(state: Path) -> Path:
+    """The state directory's cache of lab images: a common one where the environment names it."""
+    cache = os.environ.get("HOSTUPDATE_TEST_CACHE")
+    if cache:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        (state / "cache").symlink_to(cache)
+    return state / "cache"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,227 @@
+"""After the orchestrator's death: every guest runs again, or is named with what was tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
+
+from hostupdate.engine.recovery import RecoveryHands, recover
+from hostupdate.errors import DeadlineError, GuestError, HypervisorError
+from hostupdate.model import ArmedGuest, ArmedRecord, GuestState, PauseMethod
+
+TIMEOUT_NS = 2_000_000_000
+
+
+def record(method: PauseMethod = PauseMethod.FREEZE, *names: str) -> ArmedRecord:
+    guests = tuple(
+        ArmedGuest(
+            name=name,
+            uuid=f"uuid-{name}",
+            pid=number,
+            started=1.0,
+            cgroup=f"/m/{name}",
+            home_cgroup=None,
+        )
+        for number, name in enumerate(names or ("a", "b"), start=100)
+    )
+    return ArmedRecord(
+        run_id="r",
+        uri="qemu:///fake",
+        pid=1,
+        method=method,
+        cgroup2="/fake",
+        memory_min={"/m": "0"},
+        guests=guests,
+    )
+
+
+@dataclass
+class Host:
+    """What happened, in order, in ``log``; what is to go wrong in the other fields."""
+
+    log: list[str] = field(default_factory=list)
+    dead: set[int] = field(default_factory=set)
+    states: dict[str, GuestState] = field(default_factory=dict)
+    paused: bool = True  #: guests not in ``states`` are paused until resumed
+    away: Exception | None = None  #: opening libvirt raises it
+    unknown: set[str] = field(default_factory=set)  #: libvirt does not know these uuids
+    refuses: dict[str, Exception] = field(default_factory=dict)  #: uuid -> why not resumed
+    monitors: bool = True
+    stuck: set[str] = field(default_factory=set)  #: cannot be thawed
+    memory_fails: bool = False
+
+    # libvirt
+    def prepare(self, uuids: list[str]) -> None:
+        lost = self.unknown & set(uuids)
+        if lost:
+            raise HypervisorError(f"libvirt: look up a guest: no {lost.pop()}")
+        self.log.append(f"prepare {' '.join(uuids)}".rstrip())
+
+    def state(self, uuid: str, timeout_ns: int | None = None) -> GuestState:
+        assert timeout_ns == TIMEOUT_NS
+        default = GuestState.PAUSED if self.paused else GuestState.RUNNING
+        return self.states.get(uuid, default)
+
+    def resume(
+        self, guests: list[tuple[str, str]], timeout_ns: int
+    ) -> Mapping[str, int | Exception]:
+        assert timeout_ns == TIMEOUT_NS
+        outcome: dict[str, int | Exception] = {}
+        for uuid, name in guests:
+            self.log.append(f"resume {name}")
+            outcome[uuid] = self.refuses.get(uuid, 5)
+            if uuid not in self.refuses:
+                self.states[uuid] = GuestState.RUNNING
+        return outcome
+
+    # the rest
+    def open(self) -> Host:
+        if self.away is not None:
+            raise self.away
+        return self
+
+    def thaw(self, guest: ArmedGuest) -> None:
+        self.log.append(f"thaw {guest.name}")
+        if guest.name in self.stuck:
+            raise OSError(5, "Input/output error")
+
+    def restore_memory_min(self, values: dict[str, str]) -> None:
+        self.log.append(f"memory.min {values}")
+        if self.memory_fails:
+            raise OSError(30, "Read-only file system")
+
+    def by_monitor(self, pid: int, timeout_ns: int) -> None:
+        assert timeout_ns == TIMEOUT_NS
+        self.log.append(f"monitor {pid}")
+        if not self.monitors:
+            raise HypervisorError("taken")
+
+    def recover(self, armed: ArmedRecord) -> dict[str, str]:
+        hands = RecoveryHands(
+            thaw=self.thaw,
+            restore_memory_min=self.restore_memory_min,
+            hypervisor=self.open,
+            is_alive=lambda pid, started: pid not in self.dead and started == 1.0,
+            resume_by_monitor=self.by_monitor,
+        )
+        return recover(armed, hands, TIMEOUT_NS)
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+STOP = PauseMethod.STOP
+
+
+def test_frozen_guests_are_thawed_and_libvirt_is_not_even_asked(host: Host) -> None:
+    host.away = AssertionError("libvirt was asked")
+    assert host.recover(record()) == {}
+    assert host.log == ["thaw a", "thaw b", "memory.min {'/m': '0'}"]
+
+
+def test_stopped_guests_are_thawed_first_then_resumed(host: Host) -> None:
+    assert host.recover(record(STOP)) == {}
+    assert host.log == [
+        "thaw a", "thaw b", "memory.min {'/m': '0'}", "prepare uuid-a uuid-b", "resume a",
+        "resume b",
+    ]  # fmt: skip
+
+
+def test_recovering_twice_resumes_once(host: Host) -> None:
+    assert host.recover(record(STOP)) == {}
+    host.log.clear()
+    assert host.recover(record(STOP)) == {}
+    assert not [entry for entry in host.log if entry.startswith(("resume", "monitor"))]
+
+
+def test_a_guest_that_runs_already_is_not_resumed(host: Host) -> None:
+    host.states["uuid-a"] = GuestState.RUNNING
+    assert host.recover(record(STOP)) == {}
+    assert "resume b" in host.log and "resume a" not in host.log
+
+
+def test_a_guest_whose_qemu_is_gone_is_named_and_the_others_run(host: Host) -> None:
+    host.dead.add(100)
+    assert host.recover(record(STOP)) == {"a": "its QEMU, pid 100, is gone"}
+    assert "thaw a" not in host.log
+    assert "resume b" in host.log and "resume a" not in host.log
+
+
+def test_a_guest_that_cannot_be_thawed_is_named_and_the_others_run(host: Host) -> None:
+    host.stuck.add("a")
+    problems = host.recover(record())
+    assert list(problems) == ["a"]
+    assert "it cannot be thawed" in problems["a"]
+    assert "thaw b" in host.log
+
+
+@pytest.mark.parametrize(
+    "away", [HypervisorError("libvirt: no socket"), DeadlineError("open", TIMEOUT_NS)]
+)
+def test_libvirt_away_every_guest_is_resumed_by_its_own_monitor(
+    host: Host, away: Exception
+) -> None:
+    host.away = away
+    assert host.recover(record(STOP)) == {}
+    assert host.log[-2:] == ["monitor 100", "monitor 101"]
+
+
+def test_libvirt_and_monitor_away_both_reasons_are_given(host: Host) -> None:
+    host.away = HypervisorError("libvirt: no socket")
+    host.monitors = False
+    assert host.recover(record(STOP)) == {
+        "a": "libvirt: no socket; by its monitor: taken",
+        "b": "libvirt: no socket; by its monitor: taken",
+    }
+
+
+def test_only_the_guest_that_libvirt_cannot_resume_takes_the_other_way(host: Host) -> None:
+    host.refuses["uuid-b"] = GuestError("b", "libvirt cannot resume it: lock")
+    assert host.recover(record(STOP)) == {}
+    assert [entry for entry in host.log if entry.startswith("monitor")] == ["monitor 101"]
+
+
+def test_a_guest_that_neither_way_resumes_is_named(host: Host) -> None:
+    host.refuses["uuid-b"] = GuestError("b", "libvirt cannot resume it: lock")
+    host.monitors = False
+    assert host.recover(record(STOP)) == {
+        "b": "guest b: libvirt cannot resume it: lock; by its monitor: taken"
+    }
+
+
+def test_a_lookup_that_fails_for_one_keeps_no_other_from_running(host: Host) -> None:
+    host.unknown.add("uuid-a")
+    assert host.recover(record(STOP)) == {}
+    assert host.log[-2:] == ["monitor 100", "monitor 101"]
+
+
+@pytest.mark.parametrize(
+    "state", [GuestState.UNKNOWN, GuestState.GONE, GuestState.SHUTOFF, GuestState.CRASHED]
+)
+def test_a_living_guest_whose_state_libvirt_does_not_tell_rightly_is_not_taken_for_running(
+    host: Host, state: GuestState
+) -> None:
+    host.states["uuid-a"] = state
+    assert host.recover(record(STOP)) == {}
+    assert [entry for entry in host.log if entry.startswith("monitor")] == ["monitor 100"]
+    host.monitors = False
+    assert list(host.recover(record(STOP))) == ["a"]
+
+
+def test_memory_min_that_cannot_be_put_back_keeps_no_guest_from_running(host: Host) -> None:
+    host.memory_fails = True
+    problems = host.recover(record(STOP))
+    assert list(problems) == ["memory.min"]
+    assert "resume a" in host.log and "resume b" in host.log
+
+
+def test_a_stuck_and_a_dead_guest_beside_one_that_is_fine(host: Host) -> None:
+    host.dead.add(100)
+    host.stuck.add("b")
+    problems = host.recover(record(STOP, "a", "b", "c"))
+    assert set(problems) == {"a", "b"}
+    assert "resume c" in host.log
