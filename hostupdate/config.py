@@ -76,7 +76,7 @@ class Residency(Table, frozen=True, kw_only=True):
     """Guest RAM stays in RAM, and the proof of it."""
 
     #: Digest of guest RAM before and after the pause: some pages, all of them, or none.
-    verify_ram: Literal["sampled", "full", "off"] = "sampled"
+    verify_ram: Literal["sample", "full", "off"] = "sample"
     #: The keeper locks guest RAM that the cgroup cannot protect.
     lock: Switch = True
 

@@ -11,6 +11,7 @@
     ├── CoreError             the C core returned -errno; the call undid what it had done
     ├── HypervisorError       libvirt or QEMU reported an error or is unreachable
     ├── GuestError            one guest, by name, could not be handled
+    │   └── StopError         it could not be stopped
     ├── StepError             one step of an update failed, hung or did not verify
     ├── Interrupted           the operator or the system asked the run to stop
     └── LabError              a scratch guest could not be made
@@ -114,6 +115,17 @@ class GuestError(HostUpdateError):
         super().__init__(f"guest {guest}: {problem}", remedy=remedy)
         self.guest = guest
         self.problem = problem
+
+
+class StopError(GuestError):
+    """A guest could not be stopped. No guest is stopped by us then, except that those of ``late``
+    (uuids) did not answer: one of them that stops after all is resumed at that moment."""
+
+    def __init__(
+        self, guest: str, problem: str, *, late: Sequence[str] = (), remedy: str = ""
+    ) -> None:
+        super().__init__(guest, problem, remedy=remedy)
+        self.late = tuple(late)
 
 
 class StepError(HostUpdateError):

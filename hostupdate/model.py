@@ -124,7 +124,7 @@ class GuestPlace:
     """
 
     pid: int
-    started: float  #: the process's start, seconds since the epoch: with pid it names one process
+    started: int  #: the process's start, ticks since boot: with pid it names one process
     cgroup: str | None
     shared_cgroup: bool
     frozen: bool
@@ -200,28 +200,36 @@ class ArmedGuest(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     uuid: str
     pid: int
-    started: float
+    started: int
     cgroup: str | None  #: the one that is frozen, below the cgroup v2 mount
     home_cgroup: str | None  #: where to put the process back; None where it was not moved
 
 
 class ArmedRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Written before the first guest is paused, removed when all guests run again."""
+    """Written before the first guest is paused, removed when all guests run again.
+
+    ``boot_id`` names the boot in which its pids mean something. It holds all that recovery needs:
+    the configuration may be what the update broke.
+    """
 
     schema: str = ARMED_SCHEMA
     run_id: str
+    boot_id: str
     uri: str
     pid: int
     method: PauseMethod
+    libvirt_timeout_ns: int
     cgroup2: str | None
     memory_min: dict[str, str] = {}  #: cgroup path -> value to restore
     guests: tuple[ArmedGuest, ...]
 
 
 class ImpactReport(msgspec.Struct, kw_only=True):
+    """``judged`` and ``actual`` None: refused."""
+
     requested: str
-    judged: Impact
-    actual: Impact
+    judged: Impact | None
+    actual: Impact | None
 
 
 class ClockReport(msgspec.Struct, kw_only=True):
@@ -247,7 +255,6 @@ class ResidencyReport(msgspec.Struct, kw_only=True):
     swapped_out_bytes: int | None = None
     major_faults: int | None = None
     protection: Protection = Protection.NONE
-    locked_bytes: int | None = None
     digest: str | None = None
     digest_pages: int | None = None
     digest_equal: bool | None = None
@@ -323,7 +330,7 @@ class Report(msgspec.Struct, kw_only=True):
     outcome: Outcome = Outcome.FAILED
     exit_code: int = ExitCode.ERROR
     reasons: list[str] = msgspec.field(default_factory=list)
-    budget_ns: int
+    budget_ns: int | None
     blackout_ns: int | None = None
     predicted_blackout_ns: int | None = None
     spread_ns: int | None = None
@@ -334,5 +341,6 @@ class Report(msgspec.Struct, kw_only=True):
     steps: list[StepReport] = msgspec.field(default_factory=list)
     actions: list[str] = msgspec.field(default_factory=list)
     undone: list[str] = msgspec.field(default_factory=list)
+    locked_bytes: int | None = None
     host_clock: HostClockReport | None = None
     versions: VersionsReport = msgspec.field(default_factory=VersionsReport)

@@ -26,7 +26,7 @@ from hostupdate.model import (
     PlannedGuest,
     Protection,
 )
-from hostupdate.prediction import RESERVE_NS, blackout_ceiling_ns
+from hostupdate.prediction import RESERVE_NS, blackout_ceiling_ns, full_digests_ns
 
 #: A guest's soft-lockup watchdog barks after this long without a pause that it knows of
 #: (kernel.watchdog_thresh 10 s, doubled; Documentation/admin-guide/lockup-watchdogs.rst).
@@ -46,7 +46,7 @@ def make_plan(
 ) -> Plan:
     """Decides everything about a run.
 
-    ``verify_ram`` is sampled, full or off; ``method`` auto, freeze or stop. Raises RefusedError
+    ``verify_ram`` is sample, full or off; ``method`` auto, freeze or stop. Raises RefusedError
     with every reason found, not only the first; nothing was touched then.
     """
     judged = _judge(manifest)
@@ -60,6 +60,11 @@ def make_plan(
         for located in guests
         if located.problem and actual is not Impact.NONE
     ]
+    reasons += [
+        f"guest {located.guest.name}: libvirt does not tell its state"
+        for located in guests
+        if located.guest.state is GuestState.UNKNOWN and actual is not Impact.NONE
+    ]
     budget_ns = _budget_ns(manifest, config, guests, budget_ns)
 
     chosen: PauseMethod | None = None
@@ -71,10 +76,13 @@ def make_plan(
         chosen, method_reason = _choose_method(method, timeouts_ns, config, budget_ns)
         ceiling_ns = blackout_ceiling_ns(timeouts_ns, chosen)
         predicted_ns = budget_ns if ceiling_ns is None else ceiling_ns
+        if verify_ram == "full":
+            ram_bytes = sum(g.guest.memory_bytes for g in guests if g.place is not None)
+            predicted_ns += full_digests_ns(ram_bytes)
         if predicted_ns > budget_ns or RESERVE_NS[chosen] >= budget_ns:
             reasons.append(
-                f"the blackout may last {format_duration(predicted_ns)} (time-outs of its steps "
-                f"and {format_duration(RESERVE_NS[chosen])} to let guests run again), "
+                f"the blackout may last {format_duration(predicted_ns)} (time-outs of its steps, "
+                f"digests of all RAM, {format_duration(RESERVE_NS[chosen])} to let guests run), "
                 f"the budget is {format_duration(budget_ns)}: "
                 "lower the steps' time-outs or raise the budget"
             )
@@ -260,6 +268,7 @@ def _pause_actions(
         )
     keeper = "start the keeper" + (f", which locks the RAM of {locked}" if locked else "")
     actions.append(action(stage, "keeper", keeper, "end the keeper"))
+    actions.append(action(stage, "recheck", f"see that {names} still run, and no others"))
     arm = f"arm the keeper: guests run again within {format_duration(budget_ns)}"
     actions.append(action(blackout, "arm", arm, "disarm the keeper"))
     if method is PauseMethod.STOP:
@@ -274,7 +283,7 @@ def _pause_actions(
     actions.append(action(blackout, "thaw", f"thaw {names}"))
     if method is PauseMethod.STOP:
         actions.append(action(blackout, "resume", f"resume {names} through libvirt"))
-    actions.append(action(finish, "disarm", "disarm the keeper"))
+    actions.append(action(blackout, "disarm", "disarm the keeper"))
     actions.append(action(finish, "release", "end the keeper and put guests' cgroups back"))
     actions.append(action(finish, "verify", f"verify the state and the RAM of {names}"))
     return actions

@@ -27,3 +27,13 @@ def blackout_ceiling_ns(timeouts_ns: Iterable[int | None], method: PauseMethod) 
             return None
         total_ns += timeout_ns
     return total_ns
+
+
+#: A full digest reads RAM at this rate at least: half of what one core of a slow host was measured
+#: to do.
+_DIGEST_BYTES_PER_S = 2_000_000_000
+
+
+def full_digests_ns(ram_bytes: int) -> int:
+    """How long two digests of all RAM may take: one after the stop, one before the start."""
+    return 2 * ram_bytes * 1_000_000_000 // _DIGEST_BYTES_PER_S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
@@ -74,20 +75,22 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(ExitCode.ERROR)
     except HostUpdateError as error:
-        from hostupdate.cli.terminal import print_error
-
-        print_error(error)
-        sys.exit(_exit_code(error))
+        _fail(error)
     except OSError as error:
-        from hostupdate.cli.terminal import print_error
-
         where = f"{error.filename}: " if error.filename else ""
-        print_error(
-            HostUpdateError(
-                f"{where}{error.strerror or error}", remedy="check the path and its mode"
-            )
-        )
-        sys.exit(ExitCode.ERROR)
+        remedy = "check the path and its mode"
+        _fail(HostUpdateError(f"{where}{error.strerror or error}", remedy=remedy))
+
+
+def _fail(error: HostUpdateError) -> NoReturn:
+    from hostupdate.cli.terminal import print_error, print_json
+
+    code = _exit_code(error)
+    if "--json" in sys.argv:
+        document = {"schema": "hostupdate-error-v1", "exit_code": int(code)}
+        print_json(document | {"error": str(error), "remedy": error.remedy})
+    print_error(error)
+    sys.exit(code)
 
 
 def _exit_code(error: HostUpdateError) -> ExitCode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from hostupdate.cli.plan_text import print_plan
 from hostupdate.cli.progress import Lines, Silent
 from hostupdate.cli.report_text import print_report
 from hostupdate.cli.settings import Settings, global_options, pass_settings, read_file
-from hostupdate.cli.terminal import duration, err, print_json
+from hostupdate.cli.terminal import duration, err, print_error, print_json
 from hostupdate.config import Config
 from hostupdate.durations import DurationError, parse_duration
 from hostupdate.engine import Run
@@ -55,7 +56,7 @@ from hostupdate.plan import make_plan
 @click.option("--budget", metavar="DURATION", help="Longest allowed blackout, such as 5s.")
 @click.option(
     "--verify-ram",
-    type=click.Choice(["full", "sampled", "off"]),
+    type=click.Choice(["full", "sample", "off"]),
     help="Digest of guests' RAM before and after the pause.",
 )
 @global_options
@@ -115,15 +116,19 @@ def command(
                 verify,
             )
     except RefusedError as error:
-        if settings.json and not dry_run:
-            print_json(_refusal(run_id, manifest, error))
-        raise
+        if not settings.json or dry_run:
+            raise
+        print_json(_refusal(run_id, manifest, error))
+        print_error(error)
+        sys.exit(ExitCode.REFUSED)
     finally:
         if lock is not None:
             lock.release()
-        if not dry_run:
             journal.drop_if_empty(run_id)
-    print_json(report) if settings.json else print_report(report)
+    try:
+        print_json(report) if settings.json else print_report(report)
+    except OSError:  # nobody reads it: what happened to the host counts, and is on disk
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the interpreter flushes it at its end
     sys.exit(report.exit_code)
 
 
@@ -187,22 +192,20 @@ def _confirmed(plan: Plan) -> bool:
         return True
     longest = duration(plan.predicted_blackout_ns)
     return click.confirm(
-        f"Pause {len(plan.paused)} guests for at most {longest}?", default=True, err=True
+        f"Pause {len(plan.paused)} guests for {longest} or less?", default=True, err=True
     )
 
 
 def _refusal(run_id: str, manifest: Manifest, error: RefusedError) -> Report:
-    """A refusal as a report, so that --json always is one. ``judged`` none: nothing was done."""
+    """A refusal as a report, so that --json always is one."""
     return Report(
         run_id=run_id,
         update=manifest.update.name,
         started_realtime_ns=time.time_ns(),
-        impact=ImpactReport(
-            requested=manifest.update.impact, judged=Impact.NONE, actual=Impact.NONE
-        ),
+        impact=ImpactReport(requested=manifest.update.impact, judged=None, actual=None),
         method=None,
         outcome=Outcome.REFUSED,
         exit_code=ExitCode.REFUSED,
         reasons=list(error.reasons),
-        budget_ns=HARD_CAP_NS,
+        budget_ns=None,
     )

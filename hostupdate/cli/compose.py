@@ -72,8 +72,6 @@ class CCore:
         self._grace_ns = config.deadlines.keeper_grace_ns
         self._handles: list[GuestHandle] = []
         self._recovery = [sys.executable, "-m", "hostupdate", "--state", str(settings.state)]
-        if settings.config is not None:
-            self._recovery += ["--config", str(settings.config)]
         self._recovery.append("resume")
 
     def open_guests(self, guests: Sequence[tuple[str, int, str | None]]) -> PausedSet:
@@ -168,5 +166,7 @@ def make_hands(
             resume_by_monitor=resume_guest_by_monitor,
             is_alive=processes.is_same,
             versions=lambda: versions(hypervisor, guests),
+            inventory=lambda: located_guests(hypervisor, cgroups),
+            boot_id=processes.boot_id(),
             places=places,
         )

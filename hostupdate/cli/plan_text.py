@@ -16,7 +16,7 @@ def print_plan(plan: Plan) -> None:
     console.print(f"[bold]{escape(plan.update)}[/]: impact {plan.actual}")
     if plan.method is not None:
         console.print(
-            f"blackout at most {duration(plan.predicted_blackout_ns)} of "
+            f"blackout: predicted {duration(plan.predicted_blackout_ns)}, budget "
             f"{duration(plan.budget_ns)}; method {plan.method} ({escape(plan.method_reason)})"
         )
     for warning in plan.warnings:

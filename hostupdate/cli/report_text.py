@@ -34,7 +34,7 @@ def print_report(report: Report) -> None:
     if report.method is not None:
         console.print(
             f"blackout: {duration(report.blackout_ns)} of {duration(report.budget_ns)} "
-            f"(predicted at most {duration(report.predicted_blackout_ns)}), method {report.method}"
+            f"(predicted {duration(report.predicted_blackout_ns)}), method {report.method}"
         )
         console.print(
             f"stopping all guests took {duration(report.stop_all_ns)} (first to last "

@@ -101,7 +101,7 @@ def global_options(command: F) -> F:
             settings,
             connect=connect or settings.connect,
             state=state.absolute() if state is not None else settings.state,
-            config=config or settings.config,
+            config=config.absolute() if config is not None else settings.config,
             json=json_ or settings.json,
             verbose=verbose or settings.verbose,
             quiet=quiet or settings.quiet,

@@ -6,7 +6,8 @@ import click
 from rich.markup import escape
 
 from hostupdate.cli.settings import Settings, global_options, pass_settings
-from hostupdate.cli.terminal import duration, out, print_json
+from hostupdate.cli.terminal import duration, out, print_error, print_json
+from hostupdate.errors import InputError
 from hostupdate.journal import Journal
 
 SCHEMA = "hostupdate-status-v1"
@@ -22,7 +23,11 @@ def command(settings: Settings) -> None:
     armed = journal.armed()
     interrupted = armed.run_id if armed is not None and holder is None else None
     runs = journal.runs()
-    last = journal.report(runs[-1]) if runs else None
+    last = None
+    try:
+        last = journal.report(runs[-1]) if runs else None
+    except InputError as error:  # what goes on now matters more
+        print_error(error)
     if settings.json:
         print_json({"schema": SCHEMA, "holder": holder, "interrupted": interrupted, "last": last})
         return

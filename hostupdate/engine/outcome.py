@@ -87,7 +87,6 @@ class Outcomes:
     def conclude(self, committed: bool) -> None:
         """Fills in the outcome, the exit code and the totals."""
         report = self._report
-        self._collect_steps()
         report.spread_ns = self._pause.spread_ns
         report.stop_all_ns = self._pause.stop_all_ns
         report.start_all_ns = self._pause.start_all_ns
@@ -96,12 +95,12 @@ class Outcomes:
                 guest.blackout_ns = guest.resumed_monotonic_ns - guest.paused_monotonic_ns
         blackouts = [guest.blackout_ns for guest in report.guests if guest.blackout_ns is not None]
         report.blackout_ns = max(blackouts, default=None)
-        if committed and (report.blackout_ns or 0) > report.budget_ns:
+        if committed and (report.blackout_ns or 0) > self._plan.budget_ns:
             self.degrade(
                 f"the blackout was {format_duration(report.blackout_ns or 0)}, "
-                f"the budget {format_duration(report.budget_ns)}"
+                f"the budget {format_duration(self._plan.budget_ns)}"
             )
-        self._lost = {} if committed else self._lost_guests()
+        self._lost = self._lost_guests() if self._pause.began and not committed else {}
         for name, problem in self._lost.items():
             report.reasons.append(f"guest {name}: {problem}")
         self.judge(committed)
@@ -154,7 +153,8 @@ class Outcomes:
                 lost[guest.name] = problem
         return lost
 
-    def _collect_steps(self) -> None:
+    def collect_steps(self) -> None:
+        """What the steps printed, into the report."""
         for step in self._report.steps:
             step.output, step.output_bytes, log = self._hands.steps.output(step.name)
             step.log = str(log)

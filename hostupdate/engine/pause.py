@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from hostupdate.config import Config
-from hostupdate.engine.ports import Hands, KeeperPort, PausedSet, StampView
-from hostupdate.errors import CoreError, GuestError, HostUpdateError
+from hostupdate.engine.ports import Hands, KeeperPort, PausedSet
+from hostupdate.errors import CoreError, GuestError, HostUpdateError, StopError
 from hostupdate.model import Action, FreezeBy, GuestReport, PauseMethod, Plan
 from hostupdate.prediction import RESERVE_NS
 
@@ -41,14 +41,15 @@ class Pause:
         self._names = [(guest.uuid, guest.name) for guest in self._guests]
         self._set: PausedSet | None = None
         self._keeper: KeeperPort | None = None
-        self._freeze_stamps: Sequence[StampView] = ()
         self._frozen = False
-        self._stopped = False
+        self._stopped: list[tuple[str, str]] = []  #: uuid and name of those libvirt must resume
+        self.began = False  #: some guest may have been paused in this run
         self._armed = False
         self._problems: dict[str, str] = {}
         self._unresumed: set[str] = set()
         self.keeper_problem = ""  #: what the keeper had to do, or that it is gone
         self.deadline_ns = 0  #: the keeper's, CLOCK_MONOTONIC; 0 until armed
+        self._start_ns = 0
         self.spread_ns: int | None = None
         self.stop_all_ns: int | None = None
         self.start_all_ns: int | None = None
@@ -70,9 +71,9 @@ class Pause:
         return self._keeper.locked_bytes if self._keeper is not None else 0
 
     @property
-    def began(self) -> bool:
-        """Some guest may have been paused by now."""
-        return self._stopped or self._frozen
+    def lock_errno(self) -> int:
+        """0, or why some of the guests' RAM is not locked."""
+        return self._keeper.lock_errno if self._keeper is not None else 0
 
     def keep(self, _action: Action, ram_fds: Sequence[int]) -> None:
         """Opens everything that pausing needs and starts the keeper, not armed."""
@@ -98,30 +99,39 @@ class Pause:
         self._armed = True
 
     def stop(self, _action: Action) -> None:
-        """Stops the guests through libvirt. GuestError: none of them is stopped, but one that did
+        """Stops the guests through libvirt. StopError: none of them is stopped, but one that did
         not answer may stop later, so that :meth:`resume` has to see it run."""
-        self._stopped = True
-        asked = self._hands.hypervisor.stop(self._names, self._config.pause.stop_timeout_ns)
+        self.began = True
+        self._stopped = self._names
+        try:
+            asked = self._hands.hypervisor.stop(self._names, self._config.pause.stop_timeout_ns)
+        except StopError as error:
+            self._stopped = [name for name in self._names if name[0] in error.late]
+            raise
         for uuid, asked_ns in asked.items():
             self._reports[uuid].paused_monotonic_ns = asked_ns
 
     def freeze(self, _action: Action) -> None:
         """Freezes them all. CoreError: none of them is frozen."""
         assert self._set is not None
-        self._frozen = True
-        limit_ns = time.monotonic_ns() + self._config.pause.stop_timeout_ns
+        self.began = self._frozen = True
+        now_ns = time.monotonic_ns()
+        reports = [self._reports[guest.uuid] for guest in self._guests]
+        frozen_only = [report for report in reports if report.paused_monotonic_ns is None]
+        for report in frozen_only:  # a freeze that fails has paused some of them for a while
+            report.paused_monotonic_ns = now_ns
+        limit_ns = now_ns + self._config.pause.stop_timeout_ns
         stamps = self._set.freeze(min(limit_ns, self.steps_end_ns))
-        self._freeze_stamps = stamps
+        for report, stamp in zip(reports, stamps, strict=True):
+            if report in frozen_only:
+                report.paused_monotonic_ns = stamp.requested_monotonic_ns
         settled = [stamp.settled_monotonic_ns or 0 for stamp in stamps]
         self.spread_ns = max(settled) - min(settled)
-        self.stop_all_ns = max(settled) - min(stamp.requested_monotonic_ns for stamp in stamps)
-        for guest, stamp in zip(self._guests, stamps, strict=True):
-            report = self._reports[guest.uuid]
-            if report.paused_monotonic_ns is None:
-                report.paused_monotonic_ns = stamp.requested_monotonic_ns
+        asked = [report.paused_monotonic_ns or now_ns for report in reports]
+        self.stop_all_ns = max(settled) - min(asked)
 
     def thaw(self, _action: Action | None = None) -> None:
-        """Thaws them all; what does not thaw is remembered for :meth:`problems`."""
+        """Thaws them all. One that is gone, or was not seen running, is in :meth:`problems`."""
         if not self._frozen:
             return
         assert self._set is not None
@@ -129,16 +139,18 @@ class Pause:
             stamps = self._set.thaw(time.monotonic_ns() + _THAW_NS)
         except CoreError as error:
             stamps = self._set.stamps()
-            stuck = str(error)
+            stuck = f"it was told to run, and not seen to: {error}"
         else:
             stuck = "its process or its cgroup is gone"
         self._frozen = False
         settled = [stamp.settled_monotonic_ns for stamp in stamps]
         requested = [stamp.requested_monotonic_ns for stamp in stamps]
-        self.start_all_ns = max([ns for ns in settled if ns] or requested) - min(requested)
+        self._start_ns = min(requested)
+        self.start_all_ns = max([ns for ns in settled if ns] or requested) - self._start_ns
         for guest, settled_ns in zip(self._guests, settled, strict=True):
             if settled_ns is None:
                 self._problems[guest.uuid] = stuck
+                self._unresumed.add(guest.uuid)
             else:
                 self._reports[guest.uuid].resumed_monotonic_ns = settled_ns
 
@@ -147,17 +159,23 @@ class Pause:
         monitor socket. What resumes neither way is tried again by :meth:`retry`."""
         if not self._stopped:
             return
-        self._stopped = False
-        self._resume([name for name in self._names if name[0] not in self._problems])
+        names, self._stopped = self._stopped, []
+        self._resume([name for name in names if self._lives(name[0])])
 
     def retry(self) -> None:
         """Once more for guests that did not resume: an undo may have brought libvirt back."""
+        if self._plan.method is not PauseMethod.STOP:
+            return
         again = [name for name in self._names if name[0] in self._unresumed]
         for uuid, _ in again:
             self._problems.pop(uuid)
         self._unresumed.clear()
         if again:
             self._resume(again)
+
+    def _lives(self, uuid: str) -> bool:
+        place = self._hands.places[uuid]
+        return self._hands.is_alive(place.pid, place.started)
 
     def _resume(self, names: list[tuple[str, str]]) -> None:
         timeout_ns = self._config.deadlines.recovery_libvirt_ns
@@ -167,6 +185,8 @@ class Pause:
                 self._reports[uuid].resumed_monotonic_ns = outcome
             else:
                 failed.append((uuid, outcome))
+        resumed = [self._reports[uuid].resumed_monotonic_ns or 0 for uuid, _ in names]
+        self.start_all_ns = max(resumed, default=self._start_ns) - self._start_ns
         if not failed:
             return
         # Its answer outstanding, the keeper would kill us before the guests' monitors had theirs.
@@ -208,13 +228,7 @@ class Pause:
 
     def unresumed(self) -> list[str]:
         """Names of guests that live, are paused, and that nobody could be reached to resume."""
-        alive = self._hands.is_alive
-        places = self._hands.places
-        return [
-            name
-            for uuid, name in self._names
-            if uuid in self._unresumed and alive(places[uuid].pid, places[uuid].started)
-        ]
+        return [name for uuid, name in self._names if uuid in self._unresumed and self._lives(uuid)]
 
     def alarmed(self) -> bool:
         """The keeper has fired or is gone."""

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from hostupdate.model import Action, ArmedRecord, GuestPlace, GuestState, Phase, Report
+from hostupdate.model import (
+    Action,
+    ArmedRecord,
+    GuestPlace,
+    GuestState,
+    LocatedGuest,
+    Phase,
+    Report,
+)
 
 
 class StampView(Protocol):
@@ -32,6 +40,8 @@ class KeeperPort(Protocol):
 
     @property
     def locked_bytes(self) -> int: ...
+    @property
+    def lock_errno(self) -> int: ...
     def fileno(self) -> int: ...
     def alarmed(self) -> bool: ...
     def arm(self, deadline_monotonic_ns: int) -> None: ...
@@ -147,6 +157,7 @@ class Hands:
 
     ``resume_by_monitor(pid, timeout_ns)`` resumes a guest without libvirt; ``is_alive(pid,
     started)`` tells whether that process still lives; ``versions`` names what is installed now;
+    ``inventory`` looks at all guests anew; ``boot_id`` names this boot of the host;
     ``places`` maps a guest's uuid to its place.
     """
 
@@ -159,6 +170,8 @@ class Hands:
     progress: ProgressPort
     interrupts: InterruptsPort
     resume_by_monitor: Callable[[int, int], None]
-    is_alive: Callable[[int, float], bool]
+    is_alive: Callable[[int, int], bool]
     versions: Callable[[], dict[str, str]]
+    inventory: Callable[[], Sequence[LocatedGuest]]
+    boot_id: str
     places: Mapping[str, GuestPlace]

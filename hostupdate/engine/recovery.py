@@ -27,37 +27,60 @@ class RecoveryHypervisor(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryHands:
-    """``thaw(guest)`` lets its threads run and puts its process where it was; ``hypervisor`` opens
-    libvirt, or raises; ``is_alive`` and ``resume_by_monitor`` are as in the engine's hands."""
+    """``thaw(guest)`` lets its threads run and puts its process, if it lives, where it was;
+    ``is_frozen`` looks whether they do; ``hypervisor`` opens libvirt, or raises; ``is_alive`` and
+    ``resume_by_monitor`` are as in the engine's hands; ``boot_id`` names this boot."""
 
     thaw: Callable[[ArmedGuest], None]
+    is_frozen: Callable[[ArmedGuest], bool]
     restore_memory_min: Callable[[dict[str, str]], None]
     hypervisor: Callable[[], RecoveryHypervisor]
-    is_alive: Callable[[int, float], bool]
+    is_alive: Callable[[int, int], bool]
     resume_by_monitor: Callable[[int, int], None]
+    boot_id: str
 
 
-def recover(record: ArmedRecord, hands: RecoveryHands, timeout_ns: int) -> dict[str, str]:
-    """Lets every guest of the record run. Returns what is wrong with a guest, by name; empty where
-    all run. Raises nothing for one guest's sake; repeatable."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """``problems``: guest name -> what is wrong with it. ``unfinished``: those guests of the record
+    that live and are not known to run. ``warnings``: what else was not put back."""
+
+    problems: dict[str, str]
+    unfinished: tuple[ArmedGuest, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def recover(record: ArmedRecord, hands: RecoveryHands, timeout_ns: int) -> Recovered:
+    """Lets every guest of the record run. Raises nothing for one guest's sake; repeatable."""
+    if record.boot_id != hands.boot_id:
+        ended = "its QEMU ended with the host's last boot"
+        return Recovered(problems={guest.name: ended for guest in record.guests})
     problems: dict[str, str] = {}
     alive: list[ArmedGuest] = []
     for guest in record.guests:
-        if not hands.is_alive(guest.pid, guest.started):
+        lives = hands.is_alive(guest.pid, guest.started)
+        if lives:
+            alive.append(guest)
+        else:
             problems[guest.name] = f"its QEMU, pid {guest.pid}, is gone"
-            continue
-        alive.append(guest)
         try:
             hands.thaw(guest)
+            if lives and hands.is_frozen(guest):
+                problems[guest.name] = "it was told to run and is still frozen"
         except (OSError, HostUpdateError) as error:
-            problems[guest.name] = f"it cannot be thawed: {error}"
+            problems.setdefault(guest.name, f"it cannot be thawed: {error}")
+    warnings = []
     try:
         hands.restore_memory_min(record.memory_min)
     except OSError as error:
-        problems["memory.min"] = f"cannot be put back: {error}"
+        warnings.append(f"memory.min cannot be put back: {error}")
     if record.method is PauseMethod.STOP:
-        problems |= _resume(alive, hands, timeout_ns)
-    return problems
+        problems = _resume(alive, hands, timeout_ns) | problems
+    return Recovered(
+        problems=problems,
+        unfinished=tuple(guest for guest in alive if guest.name in problems),
+        warnings=tuple(warnings),
+    )
 
 
 def _resume(guests: list[ArmedGuest], hands: RecoveryHands, timeout_ns: int) -> dict[str, str]:

@@ -64,6 +64,12 @@ class Residency:
             else:
                 residency.digest_equal = again == residency.digest
 
+    def disown(self, reason: str) -> None:
+        """The digests do not compare: say why, and claim nothing."""
+        for uuid in self._digests:
+            residency = self._reports[uuid].residency
+            residency.digest_equal, residency.digest_reason = None, reason
+
     def conclude(self) -> list[str]:
         """Counters and sizes after the resume. Returns what was not as promised, in words."""
         findings = []

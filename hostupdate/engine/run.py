@@ -12,11 +12,13 @@ from hostupdate.engine.outcome import Outcomes, new_report
 from hostupdate.engine.pause import Pause
 from hostupdate.engine.ports import Hands
 from hostupdate.engine.residency import Residency
-from hostupdate.errors import HostUpdateError, Interrupted, StepError
+from hostupdate.engine.telling import Telling
+from hostupdate.errors import GuestError, HostUpdateError, Interrupted, StepError
 from hostupdate.model import (
     Action,
     ArmedGuest,
     ArmedRecord,
+    GuestState,
     HostClockReport,
     Phase,
     PhaseReport,
@@ -47,7 +49,7 @@ class Run:
         self._outcomes = Outcomes(plan, hands, self._pause, self._report)
         self._undo: list[tuple[Action, Callable[[], None]]] = []
         self._memory_min: dict[str, tuple[str, str]] = {}
-        self._told: list[Callable[[], None]] = []
+        self._telling = Telling(hands.progress)
         self._committed = False
         self._doing: dict[str, Callable[[Action], None]] = {
             "step": self._step,
@@ -60,7 +62,8 @@ class Run:
             "stop": self._pause.stop,
             "freeze": self._pause.freeze,
             "digest": lambda _: self._residency.digest(),
-            "compare": lambda _: self._residency.compare(),
+            "compare": self._compare,
+            "recheck": self._recheck,
             "thaw": self._pause.thaw,
             "resume": self._pause.resume,
             "disarm": self._pause.disarm,
@@ -75,23 +78,24 @@ class Run:
         Raises nothing that went wrong in the run: the report's outcome, exit code and reasons say
         it. Every guest that was paused runs when this returns, or is named in the reasons.
         """
-        self._clock_before()
-        self._report.versions.before = self._hands.versions()
+        self._attempt("host clock", self._clock_before)
+        self._attempt("versions", self._versions_before)
         try:
             for action in self._plan.actions:
                 self._enter(action.phase)
                 self._perform(action)
             self._committed = True
-        except Exception as error:  # a bug of ours included: guests run before all else
+        except BaseException as error:  # a bug of ours included: guests run before all else
             if self._committed:
                 self._outcomes.degrade(_words(error))
             else:
                 self._fail(error)
         self._end_phase()
-        self._flush_progress()
-        self._hands.steps.reap()
-        self._clock_after()
-        self._report.versions.after = self._hands.versions()
+        self._telling.release()
+        self._attempt("ending steps", self._hands.steps.reap)
+        self._attempt("host clock", self._clock_after)
+        self._attempt("versions", self._versions_after)
+        self._attempt("output of steps", self._outcomes.collect_steps)
         self._outcomes.conclude(self._committed)
         try:
             self._hands.journal.save_report(self._report)
@@ -100,22 +104,32 @@ class Run:
             self._outcomes.judge(self._committed)
         return self._report
 
+    def _attempt(self, what: str, act: Callable[[], object]) -> bool:
+        """What must not keep the rest of the run from happening. A failure degrades the run."""
+        try:
+            act()
+        except Exception as error:
+            self._outcomes.degrade(f"{what}: {_words(error)}")
+            return False
+        return True
+
     def _enter(self, phase: Phase) -> None:
         phases = self._report.phases
         if phases and phases[-1].name is phase:
             return
         self._end_phase()
+        paused = phase is Phase.BLACKOUT and self._plan.method is not None
+        self._telling.release()
+        self._telling.phase(phase, paused=paused)
         phases.append(PhaseReport(name=phase, start_ns=time.monotonic_ns()))
-        if phase is Phase.BLACKOUT:
-            self._residency_counters()
+        if paused:
+            self._residency.count_faults()
+            self._telling.hold()
             gc.collect()
             gc.freeze()
             gc.disable()
         else:
             gc.enable()
-            self._flush_progress()
-        paused = phase is Phase.BLACKOUT and self._plan.method is not None
-        self._hands.progress.phase(phase, paused=paused)
         if phase is Phase.FINISH and self._plan.method is None:
             self._committed = True
 
@@ -123,35 +137,19 @@ class Run:
         if self._report.phases and self._report.phases[-1].end_ns is None:
             self._report.phases[-1].end_ns = time.monotonic_ns()
 
-    def _residency_counters(self) -> None:
-        if self._plan.method is not None:
-            self._residency.count_faults()
-
-    def _tell(self, event: Callable[[], None]) -> None:
-        """A terminal can block; while guests are paused nobody writes to it."""
-        self._told.append(event)
-        if self._report.phases[-1].name is not Phase.BLACKOUT or self._plan.method is None:
-            self._flush_progress()
-
-    def _flush_progress(self) -> None:
-        told, self._told = self._told, []
-        for event in told:
-            event()
-
     def _perform(self, action: Action) -> None:
         self._check_interrupted()
-        self._tell(lambda: self._hands.progress.started(action))
+        self._telling.started(action)
         self._report.actions.append(action.title)
         start_ns = time.monotonic_ns()
         problem = ""
         try:
             self._doing[action.kind](action)
-        except Exception as error:
+        except BaseException as error:
             problem = _words(error)
             raise
         finally:
-            took_ns = time.monotonic_ns() - start_ns
-            self._tell(lambda: self._hands.progress.ended(action, took_ns, problem))
+            self._telling.ended(action, time.monotonic_ns() - start_ns, problem)
 
     def _check_interrupted(self) -> None:
         signal = self._hands.interrupts.pending()
@@ -220,9 +218,11 @@ class Run:
         self._hands.journal.arm(
             ArmedRecord(
                 run_id=self._run_id,
+                boot_id=self._hands.boot_id,
                 uri=self._uri,
                 pid=os.getpid(),
                 method=self._plan.method,
+                libvirt_timeout_ns=self._config.deadlines.recovery_libvirt_ns,
                 cgroup2=str(cgroups.mount) if cgroups is not None else None,
                 memory_min={cgroup: old for cgroup, (old, _) in self._memory_min.items()},
                 guests=tuple(armed),
@@ -264,20 +264,44 @@ class Run:
         finally:
             for fd in fds:
                 os.close(fd)
-        locked_bytes = self._pause.locked_bytes
-        for guest in self._report.guests:
-            if guest.residency.protection is Protection.LOCKED:
-                guest.residency.locked_bytes = locked_bytes
+        if fds:
+            self._report.locked_bytes = self._pause.locked_bytes
+        if self._pause.lock_errno:
+            why = os.strerror(self._pause.lock_errno)
+            self._outcomes.degrade(f"not all of the guests' RAM could be locked: {why}")
+
+    def _recheck(self, _action: Action) -> None:
+        """Guests may have come, gone or been paused by their owners since the plan was made."""
+        planned = {guest.uuid: guest for guest in self._plan.guests}
+        now = {located.guest.uuid: located for located in self._hands.inventory()}
+        for uuid, located in now.items():
+            running = located.guest.state in (GuestState.RUNNING, GuestState.UNKNOWN)
+            if running and (uuid not in planned or planned[uuid].state is not GuestState.RUNNING):
+                raise GuestError(located.guest.name, "it was started since the plan was made")
+        for guest in self._plan.paused:
+            found = now.get(guest.uuid)
+            if found is None or found.guest.state is not GuestState.RUNNING:
+                state = GuestState.GONE if found is None else found.guest.state
+                raise GuestError(guest.name, f"it is {state}; it ran when the plan was made")
+            old, new = self._hands.places[guest.uuid], found.place
+            if new is None or (new.pid, new.started) != (old.pid, old.started):
+                raise GuestError(guest.name, "it was restarted since the plan was made")
+
+    def _compare(self, _action: Action) -> None:
+        self._residency.compare()
+        if self._pause.alarmed():
+            self._residency.disown("the keeper had let the guests run before the second digest")
 
     def _arm(self, action: Action) -> None:
         self._undo.append((action, self._pause.disarm))
         self._pause.arm(action)
 
     def _release(self, action: Action) -> None:
-        self._pause.release(action)
-        self._bring_home()
-        self._unprotect()
-        self._drop_record()
+        # The guests run on the updated host: what fails here must not undo that.
+        self._attempt("ending the keeper", lambda: self._pause.release(action))
+        self._attempt("putting cgroups back", self._bring_home)
+        self._attempt("putting memory.min back", self._unprotect)
+        self._attempt("removing the armed record", self._drop_record)
 
     def _drop_record(self) -> None:
         """The record stays as long as `hostupdate resume` has something to do."""
@@ -294,12 +318,12 @@ class Run:
 
     # ---- failure
 
-    def _fail(self, error: Exception) -> None:
-        self._pause.let_run()
+    def _fail(self, error: BaseException) -> None:
+        self._report.reasons.append(_words(error))
+        self._attempt("letting guests run", self._pause.let_run)
         self._end_phase()
         gc.enable()
-        self._flush_progress()
-        self._report.reasons.append(_words(error))
+        self._telling.release()
         for action, undo in reversed(self._undo):
             problem = ""
             try:
@@ -308,22 +332,28 @@ class Run:
                 problem = _words(undo_error)
                 self._report.reasons.append(f"undo of {action.title!r}: {problem}")
             if action.undo:
-                self._hands.progress.undone(action, problem)
+                self._telling.undone(action, problem)
         self._undo.clear()
         if self._pause.unresumed():
-            self._pause.retry()
-            self._drop_record()
+            self._attempt("resuming guests once more", self._pause.retry)
+            self._attempt("removing the armed record", self._drop_record)
         if self._pause.unresumed():
             names = ", ".join(self._pause.unresumed())
             self._report.reasons.append(
                 f"not known to run: {names}; run `hostupdate resume` once libvirt answers"
             )
         if self._pause.began:
-            self._residency.conclude()
+            self._report.reasons += self._residency.conclude()
         if self._pause.keeper_problem:
             self._report.reasons.append(self._pause.keeper_problem)
 
-    # ---- the host's clock
+    # ---- versions, and the host's clock
+
+    def _versions_before(self) -> None:
+        self._report.versions.before = self._hands.versions()
+
+    def _versions_after(self) -> None:
+        self._report.versions.after = self._hands.versions()
 
     def _clock_before(self) -> None:
         offset_ns, uncertainty_ns = self._hands.core.host_clock()
@@ -334,12 +364,12 @@ class Run:
     def _clock_after(self) -> None:
         offset_ns, uncertainty_ns = self._hands.core.host_clock()
         clock = self._report.host_clock
-        assert clock is not None
-        clock.after_ns = offset_ns
-        clock.uncertainty_ns += uncertainty_ns
+        if clock is not None:
+            clock.after_ns = offset_ns
+            clock.uncertainty_ns += uncertainty_ns
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     if isinstance(error, HostUpdateError | OSError):
         return str(error)
     return f"internal error: {type(error).__name__}: {error}"

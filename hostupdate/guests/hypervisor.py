@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 import libvirt
 
 from hostupdate.durations import format_duration
-from hostupdate.errors import DeadlineError, GuestError, HypervisorError, InputError
+from hostupdate.errors import (
+    DeadlineError,
+    GuestError,
+    HypervisorError,
+    InputError,
+    StopError,
+)
 from hostupdate.guestpolicy import NAMESPACE, GuestPolicy, decode_guest_policy
 from hostupdate.guests.uri import embedded_root
 from hostupdate.guests.workers import Worker, call_within
@@ -134,38 +140,39 @@ class Hypervisor:
     def stop(self, guests: Sequence[tuple[str, str]], timeout_ns: int) -> dict[str, int]:
         """Suspends the prepared guests, given as (uuid, name), in parallel.
 
-        Returns uuid -> CLOCK_MONOTONIC ns at which each suspend was asked for. Raises GuestError
-        for the first that did not stop in time; those that did are running again then, and one
-        that stops later is resumed at that moment.
+        Returns uuid -> CLOCK_MONOTONIC ns at which each suspend was asked for. Raises StopError
+        for the first that was not stopped, by its owner's doing or not in time; those that were
+        are running again then, and one that stops later is resumed at that moment.
         """
         deadline_ns = time.monotonic_ns() + timeout_ns
         calls = {
             uuid: self._workers[uuid].submit(
                 f"suspend {name}",
-                self._domains[uuid].suspend,
+                partial(_suspend, self._domains[uuid]),
                 partial(_take_back, self._domains[uuid]),
             )
             for uuid, name in guests
         }
-        failure: GuestError | None = None
+        problems: dict[str, str] = {}
+        late = []
         stopped = []
         for uuid, name in guests:
             try:
-                calls[uuid].result(deadline_ns, timeout_ns)
-                stopped.append((uuid, name))
-            except DeadlineError as error:
-                failure = failure or GuestError(
-                    name,
-                    f"it did not stop within {format_duration(timeout_ns)}",
-                    remedy="look for storage that does not answer, or a job that holds its lock",
-                )
-                failure.__cause__ = error
+                if calls[uuid].result(deadline_ns, timeout_ns):
+                    stopped.append((uuid, name))
+                else:
+                    problems.setdefault(name, "its owner has paused it")
+            except DeadlineError:
+                late.append(uuid)
+                problems.setdefault(name, f"it did not stop within {format_duration(timeout_ns)}")
                 self._workers[uuid] = Worker(f"guest-{uuid[:8]}")
             except libvirt.libvirtError as error:
-                failure = failure or GuestError(name, f"libvirt cannot suspend it: {error}")
-        if failure is not None:
+                problems.setdefault(name, f"libvirt cannot suspend it: {error}")
+        if problems:
             self.resume(stopped, timeout_ns)
-            raise failure
+            name, problem = next(iter(problems.items()))
+            remedy = "look for storage that does not answer, or a job that holds its lock"
+            raise StopError(name, problem, late=late, remedy=remedy if late else "")
         return {uuid: call.started_ns for uuid, call in calls.items()}
 
     def resume(
@@ -262,8 +269,18 @@ class Hypervisor:
             raise
 
 
-def _take_back(domain: Any, _value: object) -> None:
-    _let_run(domain)
+def _suspend(domain: Any) -> bool:
+    """False where it did not run: libvirt suspends a paused guest without a word, and we would
+    resume it against its owner's will."""
+    if _STATES.get(domain.state()[0]) is not GuestState.RUNNING:
+        return False
+    domain.suspend()
+    return True
+
+
+def _take_back(domain: Any, stopped: bool) -> None:
+    if stopped:
+        _let_run(domain)
 
 
 def _let_run(domain: Any) -> None:

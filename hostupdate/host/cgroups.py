@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -89,6 +90,15 @@ class Cgroups:
         if cgroup == "/":
             return False
         return "frozen 1" in (self._read(cgroup, "cgroup.events") or "")
+
+    def stays_frozen(self, cgroup: str, timeout_ns: int) -> bool:
+        """Whether it is still frozen after ``timeout_ns``; looks every millisecond until then."""
+        deadline_ns = time.monotonic_ns() + timeout_ns
+        while self.is_frozen(cgroup):
+            if time.monotonic_ns() >= deadline_ns:
+                return True
+            time.sleep(0.001)
+        return False
 
     def has_memory(self, cgroup: str) -> bool:
         """The memory controller is on for the cgroup."""

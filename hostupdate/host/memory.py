@@ -22,7 +22,7 @@ class RamSizes:
 
 
 class Memory:
-    """Guests' RAM. ``verify_ram``: sampled or full."""
+    """Guests' RAM. ``verify_ram``: sample or full."""
 
     def __init__(self, verify_ram: str) -> None:
         self._sample_pages = 0 if verify_ram == "full" else SAMPLE_PAGES

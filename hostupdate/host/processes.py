@@ -6,19 +6,23 @@ import os
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
+from errno import ESRCH
 from itertools import pairwise
 
 import psutil
 
 from hostupdate.errors import GuestError
 
+#: Indices in /proc/PID/stat from the state on: fields 12 and 22 of proc(5).
+_MAJFLT, _STARTTIME = 9, 19
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QemuProcess:
-    """One QEMU; ``started`` in seconds since the epoch. pid and started name it for ever."""
+    """One QEMU; ``started`` in clock ticks since boot. pid and started name it for this boot."""
 
     pid: int
-    started: float
+    started: int
     program: str
 
 
@@ -31,10 +35,13 @@ def find_qemus(uuids: Iterable[str]) -> dict[str, QemuProcess]:
     """
     wanted = set(uuids)
     found: dict[str, QemuProcess] = {}
-    for process in psutil.process_iter(["pid", "cmdline", "create_time"]):
+    for process in psutil.process_iter(["pid", "cmdline"]):
         arguments = process.info["cmdline"] or []
         uuid = next((b for a, b in pairwise(arguments) if a == "-uuid"), "")
         if uuid not in wanted:
+            continue
+        stat = _stat(process.pid)
+        if stat is None:
             continue
         if uuid in found:
             raise GuestError(
@@ -43,18 +50,27 @@ def find_qemus(uuids: Iterable[str]) -> dict[str, QemuProcess]:
                 remedy="end the one that should not be there",
             )
         found[uuid] = QemuProcess(
-            pid=process.pid, started=process.info["create_time"], program=arguments[0]
+            pid=process.pid, started=int(stat[_STARTTIME]), program=arguments[0]
         )
     return found
 
 
-def is_same(pid: int, started: float) -> bool:
-    """True while the process that had this pid and start time lives and is not a zombie."""
+def is_same(pid: int, started: int) -> bool:
+    """True while the process that had this pid and start time lives and is not a zombie.
+
+    In ticks since boot, which no step of the host's clock moves: an update may well step it.
+    """
+    stat = _stat(pid)
+    return stat is not None and int(stat[_STARTTIME]) == started and stat[0] not in "ZX"
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Fields of /proc/PID/stat from the state on (proc(5), field 3); None: no such process."""
     try:
-        process = psutil.Process(pid)
-        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            return stat.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def dma_writers(pid: int) -> tuple[str, ...]:
@@ -76,6 +92,9 @@ def dma_writers(pid: int) -> tuple[str, ...]:
             found.add("an assigned device")
         elif target == "anon_inode:[io_uring]":
             found.add("io_uring")
+    with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as arguments:
+        if "vhost-user" in arguments.read():
+            found.add("a vhost-user process")
     with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
         # A kernel AIO context shows itself only by its ring, which fs/aio.c maps as /[aio].
         if any(line.rstrip().endswith("/[aio]") or "/[aio] (" in line for line in maps):
@@ -84,9 +103,11 @@ def dma_writers(pid: int) -> tuple[str, ...]:
 
 
 def major_faults(pid: int) -> int:
-    """Major faults of the process's threads so far (proc(5), stat, majflt)."""
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-        return int(stat.read().rpartition(")")[2].split()[9])
+    """Major faults of the process's threads so far. ProcessLookupError where it is gone."""
+    stat = _stat(pid)
+    if stat is None:
+        raise ProcessLookupError(ESRCH, os.strerror(ESRCH))
+    return int(stat[_MAJFLT])
 
 
 def monitor_sockets(pid: int) -> tuple[str, ...]:
@@ -115,7 +136,19 @@ def program(pid: int) -> str:
         return ""
 
 
-def continue_process(pid: int, started: float) -> None:
+def is_stopped(pid: int) -> bool:
+    """Stopped by a signal."""
+    stat = _stat(pid)
+    return stat is not None and stat[0] in "Tt"
+
+
+def boot_id() -> str:
+    """Names this boot of the host (random(4)): pids and start times mean nothing in another."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def continue_process(pid: int, started: int) -> None:
     """SIGCONT, where the process is still the one that started then."""
     if is_same(pid, started):
         os.kill(pid, signal.SIGCONT)

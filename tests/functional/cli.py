@@ -29,6 +29,7 @@ class Ended:
 
     @property
     def data(self) -> Any:
+        assert self.out, self.err
         return json.loads(self.out)
 
 

@@ -102,7 +102,7 @@ def test_an_update_that_needs_no_pause_pauses_nobody(
 
 def test_a_full_digest_reads_all_of_the_ram(lab: Lab, manifest: Path) -> None:
     report = lab.apply(manifest, "--verify-ram", "full").data
-    sampled = lab.apply(manifest, "--verify-ram", "sampled").data
+    sampled = lab.apply(manifest, "--verify-ram", "sample").data
     for full, some in zip(report["guests"], sampled["guests"], strict=True):
         assert full["residency"]["digest_equal"] is True
         assert full["residency"]["digest_pages"] > some["residency"]["digest_pages"]

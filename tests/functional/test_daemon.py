@@ -233,7 +233,7 @@ def stuck(lab: Lab) -> Iterator[int]:
 @pytest.fixture
 def impatient(tmp_path: Path) -> str:
     config = tmp_path / "hostupdate.toml"
-    config.write_text('[pause]\nstop-timeout = "1s"\n')
+    config.write_text('[pause]\nstop-timeout = "3s"\n')
     return str(config)
 
 
@@ -248,7 +248,7 @@ def test_a_guest_that_does_not_stop_in_time(
     ended = lab.apply(manifest, "--pause-method", "stop", "--config", impatient)
     assert ended.code == 40, ended.err
     report = ended.data
-    assert f"guest {lab.names[-1]}: it did not stop within 1 s" in report["reasons"]
+    assert f"guest {lab.names[-1]}: it did not stop within 3 s" in report["reasons"]
     assert report["undone"] == ["stick"]
     assert {guest["state_after"] for guest in report["guests"]} == {"running"}
 

@@ -42,7 +42,7 @@ def located(
     )
     facts: dict[str, object] = {
         "pid": number,
-        "started": 1.0,
+        "started": 1,
         "cgroup": f"/machine/{name}",
         "shared_cgroup": False,
         "frozen": False,
@@ -96,6 +96,7 @@ class World:
     keeper_fires: bool = False
     keeper_dies: bool = False
     signal: str | None = None
+    changed: Sequence[LocatedGuest] | None = None  #: what a second look at the guests finds
     armed: ArmedRecord | None = None
     saved: Report | None = None
 
@@ -131,6 +132,7 @@ class FakeSet:
 
 class FakeKeeper:
     locked_bytes = 4096
+    lock_errno = 0
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -231,7 +233,7 @@ class FakeHands:
         if not self.world.monitors:
             raise HypervisorError("taken")
 
-    def is_alive(self, pid: int, started: float) -> bool:
+    def is_alive(self, pid: int, started: int) -> bool:
         return pid not in self.world.dead
 
     # cgroups
@@ -316,5 +318,7 @@ def hands_of(fake: FakeHands, guests: Sequence[LocatedGuest], *, cgroups: bool =
         resume_by_monitor=fake.resume_by_monitor,
         is_alive=fake.is_alive,
         versions=lambda: {"kernel": "6"},
+        inventory=lambda: fake.world.changed if fake.world.changed is not None else guests,
+        boot_id="this-boot",
         places={guest.guest.uuid: guest.place for guest in guests if guest.place is not None},
     )

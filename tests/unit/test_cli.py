@@ -170,7 +170,12 @@ def test_global_options_stand_before_or_after_the_verb(
     for arguments in ((*options, "try"), ("try", *options), (*options[:4], "try", *options[4:])):
         assert call(*arguments).code == 0
     expected = Settings(
-        connect="lab", state=tmp_path, config=Path("c.toml"), json=True, verbose=2, quiet=True
+        connect="lab",
+        state=tmp_path,
+        config=Path("c.toml").absolute(),
+        json=True,
+        verbose=2,
+        quiet=True,
     )
     assert seen == [expected] * 3
 
@@ -241,6 +246,7 @@ EXAMPLES: dict[str, tuple[errors.HostUpdateError, ExitCode]] = {
     "GuestError": (errors.GuestError("g", "it", remedy="mend"), ExitCode.REFUSED),
     "StepError": (errors.StepError("s", "it"), ExitCode.ERROR),
     "Interrupted": (errors.Interrupted("it"), ExitCode.ERROR),
+    "StopError": (errors.StopError("it", "hangs", late=("u",)), ExitCode.REFUSED),
     "LabError": (errors.LabError("it", remedy="mend"), ExitCode.ERROR),
 }
 
@@ -266,7 +272,13 @@ def test_every_error_is_told_on_stderr_with_its_exit_code_and_remedy(
 
     verb(fail)
     ended = call("try", *option)
-    assert (ended.code, ended.out) == (code, "")
+    assert ended.code == code
+    if option:
+        document = json.loads(ended.out)
+        assert document["schema"] == "hostupdate-error-v1"
+        assert (document["exit_code"], document["error"]) == (code, str(error))
+    else:
+        assert ended.out == ""
     assert "Traceback" not in ended.err
     lines = ended.err.splitlines()
     word = "refused" if name == "RefusedError" else "error"

@@ -28,7 +28,7 @@ def test_the_defaults() -> None:
                 recovery_libvirt_ns=2_000_000_000,
                 keeper_grace_ns=2_000_000_000,
             ),
-            residency=Residency(verify_ram="sampled", lock=True),
+            residency=Residency(verify_ram="sample", lock=True),
             paths=Paths(cgroup2=""),
         )
     )
@@ -87,10 +87,10 @@ def test_the_file_with_the_mistake_is_named() -> None:
         ('[deadlines]\nlibvirt = "0s"\n', "deadlines.libvirt", '"0s" is not', "at most 60 s"),
         ('[deadlines]\nkeeper-grace = "11s"\n', "deadlines.keeper-grace", '"11s" is', "10 s"),
         (
-            '[residency]\nverify-ram = "sample"\n',
+            '[residency]\nverify-ram = "sampled"\n',
             "residency.verify-ram",
-            '"sample" is not one of',
-            '"sampled"',
+            '"sampled" is not one of',
+            '"sample"',
         ),
         ('[residency]\nlock = "yes"\n', "residency.lock", '"yes" is not true or', "true or false"),
         (

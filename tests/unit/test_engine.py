@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from hostupdate.config import Config
 from hostupdate.engine import Run
-from hostupdate.errors import CoreError, GuestError, HypervisorError
-from hostupdate.model import ExitCode, GuestState, LocatedGuest, Outcome, Report
+from hostupdate.errors import CoreError, GuestError, HypervisorError, StopError
+from hostupdate.model import ExitCode, GuestState, LocatedGuest, Outcome, Phase, Report
 from tests.unit.fakes import FakeHands, Result, World, hands_of, located
 from tests.unit.test_plan import manifest, plan, step
 
@@ -283,3 +283,102 @@ def test_without_libvirt_before_a_pause_nothing_is_touched(world: World, fake: F
     report = run(fake, method="stop")
     assert "keeper" not in world.log and "freeze" not in world.log
     assert report.exit_code == ExitCode.FAILED
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a, b: [a], "guest b: it is gone"),
+        (lambda a, b: [a, located("b", state=GuestState.PAUSED)], "guest b: it is paused"),
+        (lambda a, b: [a, located("b", started=2)], "guest b: it was restarted"),
+        (lambda a, b: [a, b, located("c")], "guest c: it was started"),
+        (lambda a, b: [a, b, located("d", state=GuestState.UNKNOWN)], "guest d: it was started"),
+    ],
+)
+def test_guests_that_changed_since_the_plan_end_the_run_before_any_pause(
+    world: World, fake: FakeHands, change: Callable[..., list[LocatedGuest]], words: str
+) -> None:
+    guests = (located("a"), located("b"))
+    world.changed = change(*guests)
+    report = run(fake, guests=guests)
+    assert report.exit_code == ExitCode.FAILED
+    assert any(words in reason for reason in report.reasons)
+    assert "arm" not in world.log
+    assert "undo download" in world.log
+    assert world.armed is None
+
+
+def test_a_guest_that_does_not_answer_is_the_only_one_resumed_later(
+    world: World, fake: FakeHands
+) -> None:
+    resumed: list[str] = []
+    world.fail["stop"] = StopError("b", "it did not stop within 5 s", late=("uuid-b",))
+    before = fake.resume
+    fake.resume = lambda guests, timeout_ns: (  # type: ignore[method-assign]
+        resumed.extend(name for _, name in guests) or before(guests, timeout_ns)
+    )
+    assert run(fake, method="stop").exit_code == ExitCode.FAILED
+    assert resumed == ["b"], "a guest that its owner paused must not be resumed"
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), BrokenPipeError(), KeyboardInterrupt()])
+def test_a_watcher_that_fails_does_not_end_a_run(
+    world: World, fake: FakeHands, error: BaseException
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    fake.phase = fake.started = fake.ended = fake.undone = broken  # type: ignore[method-assign]
+    assert run(fake).exit_code == ExitCode.OK
+    world.results["two"] = Result(exit=1, problem="ended with exit status 1")
+    world.log.clear()
+    assert run(fake).exit_code == ExitCode.FAILED
+    assert [e for e in world.log if e.startswith("undo")] == [
+        "undo two",
+        "undo one",
+        "undo download",
+    ]
+
+
+def test_the_keeper_is_disarmed_before_anybody_is_told_that_the_blackout_is_over(
+    world: World, fake: FakeHands
+) -> None:
+    told = fake.phase
+
+    def phase(name: Phase, *, paused: bool) -> None:
+        if name is Phase.FINISH:
+            assert "disarm" in world.log
+        told(name, paused=paused)
+
+    fake.phase = phase  # type: ignore[method-assign]
+    assert run(fake).exit_code == ExitCode.OK
+
+
+def test_what_fails_after_the_guests_run_does_not_undo_the_update(
+    world: World, fake: FakeHands
+) -> None:
+    guests = (located("a", shared_cgroup=True), located("b"))
+    world.fail["home /hostupdate/uuid-a"] = OSError(16, "Device or resource busy")
+    report = run(fake, guests=guests)
+    assert report.exit_code == ExitCode.DEGRADED
+    assert any("putting cgroups back" in reason for reason in report.reasons)
+    assert "undo one" not in world.log
+
+
+def test_a_digest_taken_after_the_keeper_fired_claims_nothing(
+    world: World, fake: FakeHands
+) -> None:
+    world.on["run two"] = lambda: setattr(world, "keeper_fires", True)
+    world.digests = ["before", "before", "other", "before"]
+    report = run(fake)
+    assert {guest.residency.digest_equal for guest in report.guests} == {None}
+    assert "keeper" in report.guests[0].residency.digest_reason
+
+
+def test_a_living_guest_that_was_not_seen_to_thaw_keeps_the_record(
+    world: World, fake: FakeHands
+) -> None:
+    world.fail["thaw"] = CoreError("hu_guests_thaw", 110)
+    report = run(fake)
+    assert report.exit_code == ExitCode.GUEST_LOST
+    assert world.armed is not None, "`hostupdate resume` has something to do"

@@ -34,10 +34,12 @@ def journal(tmp_path: Path) -> Journal:
 
 def record(run_id: str = "r1") -> ArmedRecord:
     guest = ArmedGuest(
-        name="web", uuid="u", pid=7, started=1.25, cgroup="/hostupdate/u", home_cgroup="/home"
+        name="web", uuid="u", pid=7, started=2, cgroup="/hostupdate/u", home_cgroup="/home"
     )
     return ArmedRecord(
         run_id=run_id,
+        boot_id="boot",
+        libvirt_timeout_ns=2_000_000_000,
         uri="qemu:///system",
         pid=1,
         method=PauseMethod.STOP,

@@ -40,7 +40,7 @@ def plan(
     *guests: LocatedGuest,
     config: Config | None = None,
     cgroup2: bool = True,
-    verify_ram: str = "sampled",
+    verify_ram: str = "sample",
     method: str = "auto",
     max_impact: Impact | None = None,
     budget_ns: int | None = None,
@@ -84,9 +84,9 @@ def test_the_actions_of_a_freeze_in_their_order() -> None:
         method="freeze",
     )
     assert kinds(made) == [
-        "step", "record", "measure", "keeper",
-        "arm", "freeze", "digest", "step", "compare", "thaw",
-        "disarm", "release", "verify", "step",
+        "step", "record", "measure", "keeper", "recheck",
+        "arm", "freeze", "digest", "step", "compare", "thaw", "disarm",
+        "release", "verify", "step",
     ]  # fmt: skip
     assert [a.step for a in made.actions if a.kind == "step"] == ["x", "y", "z"]
     phases = [action.phase for action in made.actions]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hostupdate.engine.recovery import RecoveryHands, recover
+from hostupdate.engine.recovery import Recovered, RecoveryHands, recover
 from hostupdate.errors import DeadlineError, GuestError, HypervisorError
 from hostupdate.model import ArmedGuest, ArmedRecord, GuestState, PauseMethod
 
@@ -20,7 +20,7 @@ def record(method: PauseMethod = PauseMethod.FREEZE, *names: str) -> ArmedRecord
             name=name,
             uuid=f"uuid-{name}",
             pid=number,
-            started=1.0,
+            started=1,
             cgroup=f"/m/{name}",
             home_cgroup=None,
         )
@@ -28,6 +28,8 @@ def record(method: PauseMethod = PauseMethod.FREEZE, *names: str) -> ArmedRecord
     )
     return ArmedRecord(
         run_id="r",
+        boot_id="boot",
+        libvirt_timeout_ns=TIMEOUT_NS,
         uri="qemu:///fake",
         pid=1,
         method=method,
@@ -51,6 +53,8 @@ class Host:
     monitors: bool = True
     stuck: set[str] = field(default_factory=set)  #: cannot be thawed
     memory_fails: bool = False
+    iced: set[str] = field(default_factory=set)  #: stay frozen although told to run
+    result: Recovered = field(default_factory=lambda: Recovered(problems={}))
 
     # libvirt
     def prepare(self, uuids: list[str]) -> None:
@@ -99,11 +103,17 @@ class Host:
             raise HypervisorError("taken")
 
     def recover(self, armed: ArmedRecord) -> dict[str, str]:
+        self.result = self.recovered(armed)
+        return self.result.problems
+
+    def recovered(self, armed: ArmedRecord) -> Recovered:
         hands = RecoveryHands(
             thaw=self.thaw,
+            is_frozen=lambda guest: guest.name in self.iced,
+            boot_id="boot",
             restore_memory_min=self.restore_memory_min,
             hypervisor=self.open,
-            is_alive=lambda pid, started: pid not in self.dead and started == 1.0,
+            is_alive=lambda pid, started: pid not in self.dead and started == 1,
             resume_by_monitor=self.by_monitor,
         )
         return recover(armed, hands, TIMEOUT_NS)
@@ -147,8 +157,8 @@ def test_a_guest_that_runs_already_is_not_resumed(host: Host) -> None:
 def test_a_guest_whose_qemu_is_gone_is_named_and_the_others_run(host: Host) -> None:
     host.dead.add(100)
     assert host.recover(record(STOP)) == {"a": "its QEMU, pid 100, is gone"}
-    assert "thaw a" not in host.log
     assert "resume b" in host.log and "resume a" not in host.log
+    assert host.result.unfinished == (), "nobody can resume it: the record is done with"
 
 
 def test_a_guest_that_cannot_be_thawed_is_named_and_the_others_run(host: Host) -> None:
@@ -156,6 +166,7 @@ def test_a_guest_that_cannot_be_thawed_is_named_and_the_others_run(host: Host) -
     problems = host.recover(record())
     assert list(problems) == ["a"]
     assert "it cannot be thawed" in problems["a"]
+    assert [guest.name for guest in host.result.unfinished] == ["a"]
     assert "thaw b" in host.log
 
 
@@ -214,8 +225,8 @@ def test_a_living_guest_whose_state_libvirt_does_not_tell_rightly_is_not_taken_f
 
 def test_memory_min_that_cannot_be_put_back_keeps_no_guest_from_running(host: Host) -> None:
     host.memory_fails = True
-    problems = host.recover(record(STOP))
-    assert list(problems) == ["memory.min"]
+    assert host.recover(record(STOP)) == {}
+    assert "memory.min cannot be put back" in host.result.warnings[0]
     assert "resume a" in host.log and "resume b" in host.log
 
 
@@ -225,3 +236,18 @@ def test_a_stuck_and_a_dead_guest_beside_one_that_is_fine(host: Host) -> None:
     problems = host.recover(record(STOP, "a", "b", "c"))
     assert set(problems) == {"a", "b"}
     assert "resume c" in host.log
+
+
+def test_a_guest_that_stays_frozen_is_not_said_to_run(host: Host) -> None:
+    host.iced.add("b")
+    assert host.recover(record()) == {"b": "it was told to run and is still frozen"}
+    assert [guest.name for guest in host.result.unfinished] == ["b"]
+
+
+def test_after_a_boot_of_the_host_no_pid_is_touched(host: Host) -> None:
+    import msgspec
+
+    armed = msgspec.structs.replace(record(STOP), boot_id="another")
+    assert set(host.recover(armed)) == {"a", "b"}
+    assert host.log == []
+    assert host.result.unfinished == ()
