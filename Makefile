@@ -31,7 +31,7 @@ bench: ## at full length
 format: all
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc hostupdate tests/c -name '*.[ch]' ! -name _core.c -exec clang-format -i {} +
+	find csrc hostupdate tests/c -name '*.[ch]' ! -name _core.c -exec $(VENV)/bin/clang-format -i {} +
 
 dist: all
 	$(VENV)/bin/pip install --quiet build

@@ -18,15 +18,15 @@
 
 /* One guest: its cgroup's open files, or, where the host has no cgroup v2, its process. */
 struct hu_guest {
-	int32_t freeze_fd;	/* cgroup.freeze, O_RDWR; -1: use pidfd */
-	int32_t events_fd;	/* cgroup.events, O_RDONLY; -1: use pidfd */
-	int32_t pidfd;		/* the guest's QEMU; -1 where the cgroup's files are given */
-	int32_t pid;		/* its pid, to read its threads' state; only used with pidfd */
+	int32_t freeze_fd; /* cgroup.freeze, O_RDWR; -1: use pidfd */
+	int32_t events_fd; /* cgroup.events, O_RDONLY; -1: use pidfd */
+	int32_t pidfd; /* the guest's QEMU; -1 where the cgroup's files are given */
+	int32_t pid; /* its pid, to read its threads' state; only used with pidfd */
 };
 
 struct hu_stamp {
-	int64_t requested_monotonic_ns;	/* just before the kernel was asked */
-	int64_t settled_monotonic_ns;	/* the guest was seen stopped (or running) at this time */
+	int64_t requested_monotonic_ns; /* just before the kernel was asked */
+	int64_t settled_monotonic_ns; /* the guest was seen stopped (or running) at this time */
 };
 
 /*
@@ -56,25 +56,25 @@ int hu_guest_frozen(const struct hu_guest *guest);
 struct hu_keeper_config {
 	const struct hu_guest *guests;
 	size_t guest_count;
-	const int32_t *ram_fds;		/* shared guest RAM whose pages the keeper locks */
+	const int32_t *ram_fds; /* shared guest RAM whose pages the keeper locks */
 	size_t ram_count;
-	int64_t grace_ns;		/* how long a live orchestrator may take to answer a firing */
-	int64_t settle_ns;		/* how long to wait for guests to be seen running */
-	int64_t recovery_ns;		/* how long to wait for the recovery command; it is not killed */
-	int32_t record_fd;		/* append-only file for the keeper's record */
-	int32_t cgroup_procs_fd;	/* cgroup.procs to move itself to; -1: stay */
-	int32_t recovery_log_fd;	/* stdout and stderr of the recovery command */
-	char *const *recovery_argv;	/* absolute program first, NULL last; or NULL: no recovery */
+	int64_t grace_ns; /* how long a live orchestrator may take to answer a firing */
+	int64_t settle_ns; /* how long to wait for guests to be seen running */
+	int64_t recovery_ns; /* how long to wait for the recovery command; it is not killed */
+	int32_t record_fd; /* append-only file for the keeper's record */
+	int32_t cgroup_procs_fd; /* cgroup.procs to move itself to; -1: stay */
+	int32_t recovery_log_fd; /* stdout and stderr of the recovery command */
+	char *const *recovery_argv; /* absolute program first, NULL last; or NULL: no recovery */
 	char *const *recovery_envp;
 };
 
 struct hu_keeper {
 	int32_t pid;
 	int32_t pidfd;
-	int32_t control_fd;		/* SOCK_SEQPACKET; readable when the keeper has fired or died */
-	uint64_t locked_bytes;		/* guest RAM locked in memory, all mappings */
-	int32_t lock_error;		/* 0, or the -errno of the first range that could not be locked */
-	int32_t anchor_pid;		/* process that makes a death quick; 0 or less: none */
+	int32_t control_fd; /* SOCK_SEQPACKET; readable when the keeper has fired or died */
+	uint64_t locked_bytes; /* guest RAM locked in memory, all mappings */
+	int32_t lock_error; /* 0, or the -errno of the first range that could not be locked */
+	int32_t anchor_pid; /* process that makes a death quick; 0 or less: none */
 	void *anchor_stack;
 };
 
@@ -122,26 +122,26 @@ int hu_keeper_stop(const struct hu_keeper *keeper, int64_t timeout_ns);
 /* ---- ram: where a guest's memory is ---- */
 
 enum hu_ram_backing {
-	HU_RAM_ANONYMOUS,	/* private or shared memory without a name */
+	HU_RAM_ANONYMOUS, /* private or shared memory without a name */
 	HU_RAM_MEMFD,
-	HU_RAM_SHMEM,		/* a file on tmpfs */
+	HU_RAM_SHMEM, /* a file on tmpfs */
 	HU_RAM_HUGETLB,
-	HU_RAM_FILE,		/* a file on any other file system */
+	HU_RAM_FILE, /* a file on any other file system */
 };
 
 #define HU_RAM_PATH_SIZE 256
 
 struct hu_ram_mapping {
-	uint64_t start;			/* address in the guest's QEMU */
+	uint64_t start; /* address in the guest's QEMU */
 	uint64_t length_bytes;
-	uint64_t offset_bytes;		/* in the backing file */
+	uint64_t offset_bytes; /* in the backing file */
 	uint64_t inode;
-	uint64_t resident_bytes;	/* mapped and in RAM, seen from QEMU's page tables */
+	uint64_t resident_bytes; /* mapped and in RAM, seen from QEMU's page tables */
 	uint64_t swapped_bytes;
 	uint64_t locked_bytes;
-	int32_t backing;		/* enum hu_ram_backing */
-	int32_t shared;			/* bool */
-	char path[HU_RAM_PATH_SIZE];	/* as the kernel prints it, cut to size; "" where no file */
+	int32_t backing; /* enum hu_ram_backing */
+	int32_t shared; /* bool */
+	char path[HU_RAM_PATH_SIZE]; /* as the kernel prints it, cut to size; "" where no file */
 };
 
 /*
@@ -182,7 +182,7 @@ int hu_ram_unlock(const struct hu_ram_lock *lock);
 struct hu_ram_digest {
 	uint64_t low;
 	uint64_t high;
-	uint64_t pages;		/* that went in: read, and not zero */
+	uint64_t pages; /* that went in: read, and not zero */
 };
 
 /*
@@ -209,9 +209,9 @@ int hu_ram_digest_process(int32_t pid, const struct hu_ram_mapping *mapping, uin
 /* ---- clock ---- */
 
 struct hu_clock_reading {
-	int64_t reference_ns;	/* midpoint of the two readings of the reference clock */
-	int64_t reading_ns;	/* the other clock, read between them */
-	int64_t uncertainty_ns;	/* half the distance of the two */
+	int64_t reference_ns; /* midpoint of the two readings of the reference clock */
+	int64_t reading_ns; /* the other clock, read between them */
+	int64_t uncertainty_ns; /* half the distance of the two */
 };
 
 /* The tightest of `tries` bracketed readings of one clock against another (CLOCK_* numbers). */

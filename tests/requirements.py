@@ -34,8 +34,8 @@ _CHECKS: dict[str, tuple[Callable[[], object], str]] = {
     "qemu": (lambda: shutil.which("qemu-system-x86_64"), "qemu-system-x86 is not installed"),
     "libvirt": (lambda: shutil.which("libvirtd"), "libvirtd is not installed"),
     "lab": (
-        lambda: shutil.which("busybox") and shutil.which("cc") and shutil.which("apt-get"),
-        "busybox, cc and apt-get are needed to build lab guests",
+        lambda: shutil.which("cc") and shutil.which("apt-get"),
+        "cc and apt-get are needed to build lab guests",
     ),
     "c": (lambda: shutil.which("make") and shutil.which("gcc"), "make and gcc are needed"),
     "nobody": (_nobody, "another user cannot reach this interpreter and the package"),

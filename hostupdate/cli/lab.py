@@ -19,6 +19,8 @@ from hostupdate.guests.scratch import ScratchGuests
 from hostupdate.lab import accelerator, fleet, image
 
 SCHEMA = "hostupdate-lab-v1"
+#: Opening a root whose guests died with their host, libvirt looks for each of them in vain first.
+_OPEN_NS = 30_000_000_000
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -109,7 +111,7 @@ def _scratch(settings: Settings, root: Path) -> Iterator[LabGuests]:
     config = settings.load_config()
     fleet.prepare_root(root)
     uri = settings.uri if settings.connect else default_lab_uri(settings.state)
-    hypervisor = Hypervisor(uri, timeout_ns=config.deadlines.libvirt_ns)
+    hypervisor = Hypervisor(uri, timeout_ns=max(_OPEN_NS, config.deadlines.libvirt_ns))
     try:
         yield LabGuests(hypervisor)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 from collections.abc import Callable
 from enum import StrEnum
@@ -50,11 +51,27 @@ def check_lab() -> list[Finding]:
     """What `lab up` needs on top: it builds an initramfs and downloads packages."""
     wanted = {
         "cc": "apt-get install -y gcc libc6-dev",
-        "busybox": "apt-get install -y busybox-static",
         "apt-get": "lab guests are built from Debian packages: use a Debian host",
         "dpkg-deb": "apt-get install -y dpkg",
     }
-    return [_program(f"lab: {name}", (name,), remedy) for name, remedy in wanted.items()]
+    found = [_program(f"lab: {name}", (name,), remedy) for name, remedy in wanted.items()]
+    return [*found, _libvirt_user()]
+
+
+def _libvirt_user() -> Finding:
+    """libvirt's QEMU driver does not load without the user that its packager compiled in."""
+    for user in ("libvirt-qemu", "qemu"):
+        try:
+            pwd.getpwnam(user)
+        except KeyError:
+            continue
+        return Finding(name="lab: libvirt's user", grade=Grade.OK, found=user)
+    return Finding(
+        name="lab: libvirt's user",
+        grade=Grade.MISSING,
+        found="no user libvirt-qemu",
+        remedy="apt-get install -y libvirt-daemon-system",
+    )
 
 
 def _program(name: str, candidates: tuple[str, ...], remedy: str) -> Finding:

@@ -25,27 +25,27 @@
 
 static void (*test_cleanup)(void); /* what must not stay behind when a check fails */
 
-#define CHECK(condition)                                                                 \
-	do {                                                                             \
-		if (!(condition)) {                                                      \
-			fprintf(stderr, "%s:%d: %s: not so: %s (errno %d)\n", __FILE__,  \
-				__LINE__, __func__, #condition, errno);                  \
-			if (test_cleanup)                                                \
-				test_cleanup();                                          \
-			exit(1);                                                         \
-		}                                                                        \
+#define CHECK(condition)                                                                          \
+	do {                                                                                      \
+		if (!(condition)) {                                                               \
+			fprintf(stderr, "%s:%d: %s: not so: %s (errno %d)\n", __FILE__, __LINE__, \
+				__func__, #condition, errno);                                     \
+			if (test_cleanup)                                                         \
+				test_cleanup();                                                   \
+			exit(1);                                                                  \
+		}                                                                                 \
 	} while (0)
 
-#define CHECK_INT(expression, wanted)                                                    \
-	do {                                                                             \
-		long long got_ = (long long)(expression), wanted_ = (long long)(wanted); \
-		if (got_ != wanted_) {                                                   \
-			fprintf(stderr, "%s:%d: %s: %s is %lld, not %lld\n", __FILE__,   \
-				__LINE__, __func__, #expression, got_, wanted_);         \
-			if (test_cleanup)                                                \
-				test_cleanup();                                          \
-			exit(1);                                                         \
-		}                                                                        \
+#define CHECK_INT(expression, wanted)                                                            \
+	do {                                                                                     \
+		long long got_ = (long long)(expression), wanted_ = (long long)(wanted);         \
+		if (got_ != wanted_) {                                                           \
+			fprintf(stderr, "%s:%d: %s: %s is %lld, not %lld\n", __FILE__, __LINE__, \
+				__func__, #expression, got_, wanted_);                           \
+			if (test_cleanup)                                                        \
+				test_cleanup();                                                  \
+			exit(1);                                                                 \
+		}                                                                                \
 	} while (0)
 
 /* ---- injection: the call after `skip` others fails, `times` in a row ---- */
@@ -73,31 +73,31 @@ static MAYBE_UNUSED int injected(struct injection *injection)
 	return 1;
 }
 
-#define WRAPPER(type, failure, name, parameters, arguments)  \
-	type __real_##name parameters;                       \
-	type __wrap_##name parameters;                       \
-	static struct injection inject_##name;               \
-	type __wrap_##name parameters                        \
-	{                                                    \
-		if (injected(&inject_##name))                \
-			return failure;                      \
-		return __real_##name arguments;              \
+#define WRAPPER(type, failure, name, parameters, arguments) \
+	type __real_##name parameters;                      \
+	type __wrap_##name parameters;                      \
+	static struct injection inject_##name;              \
+	type __wrap_##name parameters                       \
+	{                                                   \
+		if (injected(&inject_##name))               \
+			return failure;                     \
+		return __real_##name arguments;             \
 	}
 
 #define INJECT(name, number, after) \
 	(inject_##name = (struct injection){ .error = (number), .skip = (after), .times = 1 })
 
 /* syscall(): only the call of that number fails. */
-#define WRAP_SYSCALL                                                                     \
-	long __real_syscall(long number, long a, long b, long c, long d, long e);        \
-	long __wrap_syscall(long number, long a, long b, long c, long d, long e);        \
-	static struct injection inject_syscall;                                          \
-	static long inject_syscall_number;                                               \
-	long __wrap_syscall(long number, long a, long b, long c, long d, long e)         \
-	{                                                                                \
-		if (number == inject_syscall_number && injected(&inject_syscall))        \
-			return -1;                                                       \
-		return __real_syscall(number, a, b, c, d, e);                            \
+#define WRAP_SYSCALL                                                              \
+	long __real_syscall(long number, long a, long b, long c, long d, long e); \
+	long __wrap_syscall(long number, long a, long b, long c, long d, long e); \
+	static struct injection inject_syscall;                                   \
+	static long inject_syscall_number;                                        \
+	long __wrap_syscall(long number, long a, long b, long c, long d, long e)  \
+	{                                                                         \
+		if (number == inject_syscall_number && injected(&inject_syscall)) \
+			return -1;                                                \
+		return __real_syscall(number, a, b, c, d, e);                     \
 	}
 
 #define INJECT_SYSCALL(number, error, after) \
@@ -192,7 +192,8 @@ static MAYBE_UNUSED bool root_make(void)
 		snprintf(probe, sizeof(probe), "%s/cgroup.controllers", mounts[i]);
 		if (access(probe, F_OK) < 0)
 			continue;
-		snprintf(test_root, sizeof(test_root), "%s/hostupdate-test-%d", mounts[i], getpid());
+		snprintf(test_root, sizeof(test_root), "%s/hostupdate-test-%d", mounts[i],
+			 getpid());
 		if (mkdir(test_root, 0755) == 0)
 			return true;
 		printf("no cgroup for tests: %s: %s\n", test_root, strerror(errno));

@@ -315,7 +315,7 @@ static void lives_and_ends(bool cgroups)
 	}
 
 	/* What ends others does not end it. */
-	const int deadly[] = { SIGTERM, SIGHUP, SIGINT,	 SIGQUIT, SIGPIPE,
+	const int deadly[] = { SIGTERM, SIGHUP,	 SIGINT,  SIGQUIT, SIGPIPE,
 			       SIGUSR1, SIGALRM, SIGTSTP, SIGPROF, SIGRTMIN + 3 };
 
 	for (size_t i = 0; i < sizeof(deadly) / sizeof(*deadly); i++)
