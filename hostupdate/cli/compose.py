@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hostupdate import __version__
 from hostupdate.cli.settings import Settings
+from hostupdate.clocks import Clocks
 from hostupdate.config import Config
 from hostupdate.core import clock
 from hostupdate.core.freezer import GuestHandle, GuestSet, open_cgroup, open_process
@@ -19,6 +20,7 @@ from hostupdate.engine import Hands
 from hostupdate.engine.ports import KeeperPort, PausedSet, ProgressPort
 from hostupdate.errors import HostUpdateError, HypervisorError, PrerequisiteError
 from hostupdate.guests import Hypervisor
+from hostupdate.guests.links import Links
 from hostupdate.guests.monitor import resume_by_monitor
 from hostupdate.host import processes
 from hostupdate.host.cgroups import Cgroups, find_cgroup2
@@ -111,6 +113,10 @@ class CCore:
         reading = clock.bracket(time.CLOCK_MONOTONIC, time.CLOCK_REALTIME)
         return reading.offset_ns, reading.uncertainty_ns
 
+    def host_clock_synchronised(self) -> bool:
+        """Whether something keeps the host's clock right."""
+        return clock.synchronised()
+
 
 def versions(hypervisor: Hypervisor, guests: Sequence[LocatedGuest]) -> dict[str, str]:
     """What is installed now, by name. What does not answer is left out."""
@@ -140,6 +146,7 @@ def make_hands(
     manifest: Manifest,
     journal: Journal,
     hypervisor: Hypervisor,
+    clocks: Clocks,
     cgroups: Cgroups | None,
     guests: Sequence[LocatedGuest],
     verify_ram: str,
@@ -158,6 +165,8 @@ def make_hands(
             steps.prepare(step, run / "steps" / f"{number:02}.log")
         yield Hands(
             hypervisor=hypervisor,
+            clocks=clocks,
+            links=Links(hypervisor),
             cgroups=cgroups,
             core=CCore(run, settings, config, cgroups),
             ram=Memory(verify_ram),

@@ -60,8 +60,9 @@ def _print_guests(console: Console, report: Report) -> None:
         return
     console.print()
     rows = table(
-        "guest", ">blackout", ">resident", ">swapped in/out", ">major faults", "kept by", "digest"
-    )
+        "guest", ">blackout", ">resident", ">swapped in/out", ">major faults", "kept by", "digest",
+        ">clock before/after", "clock set by",
+    )  # fmt: skip
     for guest in report.guests:
         residency = guest.residency
         swapped = f"{size(residency.swapped_in_bytes)}/{size(residency.swapped_out_bytes)}"
@@ -73,6 +74,8 @@ def _print_guests(console: Console, report: Report) -> None:
             MISSING if residency.major_faults is None else str(residency.major_faults),
             str(residency.protection) if guest.blackout_ns is not None else MISSING,
             _digest(guest),
+            f"{duration(guest.clock.before_ns)}/{_after(guest)}",
+            guest.clock.method or MISSING,
         )
     console.print(rows)
     for guest in report.guests:
@@ -81,6 +84,13 @@ def _print_guests(console: Console, report: Report) -> None:
         reason = guest.residency.digest_reason
         for note in [*guest.notes, *([f"no RAM digest: {reason}"] if reason else [])]:
             console.print(f"{escape(guest.name)}: {escape(note)}")
+
+
+def _after(guest: GuestReport) -> str:
+    clock = guest.clock
+    if clock.after_ns is None:
+        return MISSING
+    return f"{duration(clock.after_ns)} ±{duration(clock.uncertainty_ns)}"
 
 
 def _digest(guest: GuestReport) -> str:

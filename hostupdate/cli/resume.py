@@ -18,8 +18,9 @@ from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import out, print_json
 from hostupdate.core.keeper import read_record
 from hostupdate.engine.outcome import new_report
-from hostupdate.engine.recovery import RecoveryHands, recover
+from hostupdate.engine.recovery import RecoveryHands, RecoveryHypervisor, recover
 from hostupdate.guests import Hypervisor
+from hostupdate.guests.links import Links
 from hostupdate.host import processes
 from hostupdate.host.cgroups import Cgroups
 from hostupdate.journal import Journal
@@ -80,10 +81,15 @@ def _hands(record: ArmedRecord, timeout_ns: int) -> RecoveryHands:
         else:
             cgroups.thaw(guest.cgroup)
 
+    def connect(hypervisor: RecoveryHypervisor, guest: ArmedGuest) -> None:
+        assert isinstance(hypervisor, Hypervisor)
+        Links(hypervisor).set(guest.uuid, guest.links, "up")
+
     return RecoveryHands(
         thaw=thaw,
         restore_memory_min=cgroups.set_memory_min if cgroups is not None else lambda _: None,
         hypervisor=lambda: Hypervisor(record.uri, timeout_ns=timeout_ns),
+        connect=connect,
         is_alive=processes.is_same,
         resume_by_monitor=resume_guest_by_monitor,
     )

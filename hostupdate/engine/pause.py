@@ -45,6 +45,7 @@ class Pause:
         self._stopped = False
         self._armed = False
         self._problems: dict[str, str] = {}
+        self.began = False  #: some guest may have been paused by now
         self.keeper_problem = ""  #: what the keeper had to do, or that it is gone
         self.deadline_ns = 0  #: the keeper's, CLOCK_MONOTONIC; 0 until armed
         self.spread_ns: int | None = None
@@ -66,11 +67,6 @@ class Pause:
     def locked_bytes(self) -> int:
         """Guest RAM that the keeper has locked."""
         return self._keeper.locked_bytes if self._keeper is not None else 0
-
-    @property
-    def began(self) -> bool:
-        """Some guest may have been paused by now."""
-        return self._stopped or self._frozen
 
     def keep(self, _action: Action, ram_fds: Sequence[int]) -> None:
         """Opens everything that pausing needs and starts the keeper, not armed."""
@@ -97,7 +93,7 @@ class Pause:
 
     def stop(self, _action: Action) -> None:
         """Stops the guests through libvirt. GuestError: none of them is stopped."""
-        self._stopped = True
+        self.began = self._stopped = True
         try:
             asked = self._hands.hypervisor.stop(self._names, self._config.pause.stop_timeout_ns)
         except HostUpdateError:
@@ -109,7 +105,7 @@ class Pause:
     def freeze(self, _action: Action) -> None:
         """Freezes them all. CoreError: none of them is frozen."""
         assert self._set is not None
-        self._frozen = True
+        self.began = self._frozen = True
         limit_ns = time.monotonic_ns() + self._config.pause.stop_timeout_ns
         stamps = self._set.freeze(min(limit_ns, self.steps_end_ns))
         self._freeze_stamps = stamps

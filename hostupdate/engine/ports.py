@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from hostupdate.errors import HypervisorError
 from hostupdate.model import Action, ArmedRecord, GuestPlace, GuestState, Phase, Report
+from hostupdate.skew import Corrected, Skew, Wish
 
 
 class StampView(Protocol):
@@ -50,6 +52,9 @@ class CorePort(Protocol):
     def host_clock(self) -> tuple[int, int]:
         """CLOCK_REALTIME minus CLOCK_MONOTONIC, and its uncertainty, in ns."""
 
+    def host_clock_synchronised(self) -> bool:
+        """Whether something keeps CLOCK_REALTIME right, by the kernel's account."""
+
 
 class RamView(Protocol):
     """Sizes of one guest's RAM, in bytes."""
@@ -82,6 +87,24 @@ class HypervisorPort(Protocol):
         self, guests: Sequence[tuple[str, str]], timeout_ns: int
     ) -> Mapping[str, int | Exception]: ...
     def state(self, uuid: str, timeout_ns: int | None = None) -> GuestState: ...
+
+
+class ClocksPort(Protocol):
+    """Guests' clocks. ``offset_ns`` is the host's CLOCK_REALTIME minus CLOCK_MONOTONIC."""
+
+    def measure(
+        self, uuids: Sequence[str], offset_ns: int
+    ) -> Mapping[str, Skew | HypervisorError]: ...
+    def correct(
+        self, wishes: Sequence[Wish], offset_ns: int, deadline_ns: int
+    ) -> Mapping[str, Corrected]: ...
+
+
+class LinksPort(Protocol):
+    """Guests' network links, by MAC address."""
+
+    def up(self, uuid: str) -> tuple[str, ...]: ...
+    def set(self, uuid: str, macs: Sequence[str], state: str) -> None: ...
 
 
 class CgroupsPort(Protocol):
@@ -151,6 +174,8 @@ class Hands:
     """
 
     hypervisor: HypervisorPort
+    clocks: ClocksPort
+    links: LinksPort
     cgroups: CgroupsPort | None
     core: CorePort
     ram: RamPort

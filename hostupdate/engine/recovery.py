@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from hostupdate.errors import HostUpdateError
+from hostupdate.errors import HostUpdateError, HypervisorError
 from hostupdate.model import ArmedGuest, ArmedRecord, GuestState, PauseMethod
 
 
@@ -28,11 +28,13 @@ class RecoveryHypervisor(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryHands:
     """``thaw(guest)`` lets its threads run and puts its process where it was; ``hypervisor`` opens
-    libvirt, or raises; ``is_alive`` and ``resume_by_monitor`` are as in the engine's hands."""
+    libvirt, or raises; ``connect`` brings a guest's network links up again; ``is_alive`` and
+    ``resume_by_monitor`` are as in the engine's hands."""
 
     thaw: Callable[[ArmedGuest], None]
     restore_memory_min: Callable[[dict[str, str]], None]
     hypervisor: Callable[[], RecoveryHypervisor]
+    connect: Callable[[RecoveryHypervisor, ArmedGuest], None]
     is_alive: Callable[[int, float], bool]
     resume_by_monitor: Callable[[int, int], None]
 
@@ -55,15 +57,48 @@ def recover(record: ArmedRecord, hands: RecoveryHands, timeout_ns: int) -> dict[
         hands.restore_memory_min(record.memory_min)
     except OSError as error:
         problems["memory.min"] = f"cannot be put back: {error}"
+    held = [guest for guest in alive if guest.links]
+    if record.method is not PauseMethod.STOP and not held:
+        return problems
+    hypervisor: RecoveryHypervisor | None = None
+    away = ""
+    try:
+        hypervisor = hands.hypervisor()
+    except HostUpdateError as error:
+        away = str(error)
     if record.method is PauseMethod.STOP:
-        problems |= _resume(alive, hands, timeout_ns)
+        problems |= _resume(alive, hypervisor, away, hands, timeout_ns)
+    return _connect(held, hypervisor, away, hands) | problems
+
+
+def _connect(
+    guests: list[ArmedGuest],
+    hypervisor: RecoveryHypervisor | None,
+    away: str,
+    hands: RecoveryHands,
+) -> dict[str, str]:
+    problems = {}
+    for guest in guests:
+        try:
+            if hypervisor is None:
+                raise HypervisorError(away)
+            hands.connect(hypervisor, guest)
+        except HostUpdateError as error:
+            problems[guest.name] = f"its network links may be down: {error}"
     return problems
 
 
-def _resume(guests: list[ArmedGuest], hands: RecoveryHands, timeout_ns: int) -> dict[str, str]:
+def _resume(
+    guests: list[ArmedGuest],
+    hypervisor: RecoveryHypervisor | None,
+    away: str,
+    hands: RecoveryHands,
+    timeout_ns: int,
+) -> dict[str, str]:
     failures: dict[str, str] = {}
     try:
-        hypervisor = hands.hypervisor()
+        if hypervisor is None:
+            raise HypervisorError(away)
         states = {guest.uuid: hypervisor.state(guest.uuid, timeout_ns) for guest in guests}
         paused = [guest for guest in guests if states[guest.uuid] is GuestState.PAUSED]
         hypervisor.prepare([guest.uuid for guest in paused])

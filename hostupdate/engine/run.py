@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from hostupdate.config import Config
+from hostupdate.engine.clocks import GuestClocks
 from hostupdate.engine.outcome import Outcomes, new_report
 from hostupdate.engine.pause import Pause
 from hostupdate.engine.ports import Hands
@@ -17,7 +18,6 @@ from hostupdate.model import (
     Action,
     ArmedGuest,
     ArmedRecord,
-    HostClockReport,
     Phase,
     PhaseReport,
     Plan,
@@ -44,6 +44,8 @@ class Run:
         guests = {guest.uuid: guest for guest in self._report.guests}
         self._pause = Pause(plan, config, hands, guests)
         self._residency = Residency(plan, hands, guests)
+        self._clocks = GuestClocks(plan, config, hands, guests)
+        self._report.host_clock = self._clocks.host
         self._outcomes = Outcomes(plan, hands, self._pause, self._report)
         self._undo: list[tuple[Action, Callable[[], None]]] = []
         self._memory_min: dict[str, tuple[str, str]] = {}
@@ -51,11 +53,13 @@ class Run:
         self._committed = False
         self._doing: dict[str, Callable[[Action], None]] = {
             "step": self._step,
+            "clocks-before": lambda _: self._clocks.measure(),
             "record": self._record,
             "measure": lambda _: self._residency.measure(),
             "isolate": self._isolate,
             "protect": self._protect,
             "keeper": self._keep,
+            "links-down": self._disconnect,
             "arm": self._arm,
             "stop": self._pause.stop,
             "freeze": self._pause.freeze,
@@ -63,6 +67,8 @@ class Run:
             "compare": lambda _: self._residency.compare(),
             "thaw": self._pause.thaw,
             "resume": self._pause.resume,
+            "clocks": self._correct,
+            "links-up": lambda _: self._clocks.connect(),
             "disarm": self._pause.disarm,
             "release": self._release,
             "verify": self._verify,
@@ -74,7 +80,6 @@ class Run:
         Raises nothing that went wrong in the run: the report's outcome, exit code and reasons say
         it. Every guest that was paused runs when this returns, or is named in the reasons.
         """
-        self._clock_before()
         self._report.versions.before = self._hands.versions()
         try:
             for action in self._plan.actions:
@@ -89,7 +94,8 @@ class Run:
         self._end_phase()
         self._flush_progress()
         self._hands.steps.reap()
-        self._clock_after()
+        if stepped := self._clocks.conclude_host():
+            self._outcomes.degrade(stepped)
         self._report.versions.after = self._hands.versions()
         self._outcomes.conclude(self._committed)
         self._hands.journal.save_report(self._report)
@@ -206,6 +212,7 @@ class Run:
                     started=place.started,
                     cgroup=own or home,
                     home_cgroup=home if own else None,
+                    links=self._clocks.links(guest.uuid),
                 )
             )
         if cgroups is not None and wanted:
@@ -264,6 +271,22 @@ class Run:
             if guest.residency.protection is Protection.LOCKED:
                 guest.residency.locked_bytes = locked_bytes
 
+    def _disconnect(self, action: Action) -> None:
+        self._undo.append((action, self._clocks.connect))
+        self._clocks.disconnect()
+
+    def _correct(self, _action: Action) -> None:
+        # With links held, the keeper is armed until they are up again.
+        held = self._config.clock.hold_network
+        self._clock_findings(self._clocks.correct(self._pause.deadline_ns if held else None))
+
+    def _clock_findings(self, findings: list[tuple[str, bool]]) -> None:
+        for text, wrong in findings:
+            if wrong or self._config.clock.require:
+                self._outcomes.degrade(text)
+            else:
+                self._report.reasons.append(text)
+
     def _arm(self, action: Action) -> None:
         self._undo.append((action, self._pause.disarm))
         self._pause.arm(action)
@@ -286,6 +309,8 @@ class Run:
 
     def _fail(self, error: Exception) -> None:
         self._pause.let_run()
+        if self._pause.began:
+            self._clock_findings(self._clocks.correct())
         self._end_phase()
         gc.enable()
         self._flush_progress()
@@ -304,21 +329,6 @@ class Run:
             self._residency.conclude()
         if self._pause.keeper_problem:
             self._report.reasons.append(self._pause.keeper_problem)
-
-    # ---- the host's clock
-
-    def _clock_before(self) -> None:
-        offset_ns, uncertainty_ns = self._hands.core.host_clock()
-        self._report.host_clock = HostClockReport(
-            before_ns=offset_ns, uncertainty_ns=uncertainty_ns
-        )
-
-    def _clock_after(self) -> None:
-        offset_ns, uncertainty_ns = self._hands.core.host_clock()
-        clock = self._report.host_clock
-        assert clock is not None
-        clock.after_ns = offset_ns
-        clock.uncertainty_ns += uncertainty_ns
 
 
 def _words(error: Exception) -> str:
