@@ -36,8 +36,10 @@ from hostupdate.skew import (
 
 T = TypeVar("T")
 
-#: How long an agent that has not answered yet is waited for.
+#: How long an agent that has not answered yet is waited for, and when it did not answer the last
+#: time.
 PATIENCE_NS = 2 * SECOND
+AGAIN_NS = 500 * MILLISECOND
 #: How long one measurement may go on for a better sample.
 _SAMPLING_NS = 500 * MILLISECOND
 #: An agent that is not connected says so at once; then it is asked again after this.
@@ -68,31 +70,32 @@ class Clocks:
         self._agents = agents
         self._config = config
         self._commands: dict[str, frozenset[str]] = {}  # what each agent lists as enabled
+        self._silent: set[str] = set()  # who did not answer the last time
         self._stalls: dict[str, frozenset[str]] = {}  # lines that were in a log before the pause
 
     def watchdogs(self, uuids: Sequence[str]) -> dict[str, Watchdog]:
         """What Linux guests say of their watchdogs, where their agents may read files."""
 
         def look(uuid: str) -> Watchdog | None:
-            deadline_ns = time.monotonic_ns() + PATIENCE_NS
+            deadline_ns = time.monotonic_ns() + self._patience_ns(uuid)
             if not self._learn(uuid, deadline_ns) >= _READ:
                 return None
             thresh = self._read(uuid, _WATCHDOG_THRESH, deadline_ns)
             return watchdog(thresh, self._read(uuid, _CLOCK_SOURCES, deadline_ns))
 
-        found = _in_parallel(uuids, look)
+        found = self._in_parallel(uuids, look)
         return {uuid: seen for uuid, seen in found.items() if isinstance(seen, Watchdog)}
 
     def measure(self, uuids: Sequence[str], offset_ns: int) -> dict[str, Skew | HypervisorError]:
         """Every guest's skew, or why it cannot be measured. Guests run."""
 
         def one(uuid: str) -> Skew:
-            deadline_ns = time.monotonic_ns() + min(PATIENCE_NS, self._config.timeout_ns)
+            deadline_ns = time.monotonic_ns() + self._patience_ns(uuid)
             self._learn(uuid, deadline_ns)
             self._stalls[uuid] = frozenset(self._lockups(uuid, deadline_ns))
             return self._measure(uuid, offset_ns, deadline_ns)
 
-        return _in_parallel(uuids, one)
+        return self._in_parallel(uuids, one)
 
     def correct(
         self, wishes: Sequence[Wish], offset_ns: int, deadline_ns: int
@@ -108,10 +111,10 @@ class Clocks:
             wish = by_uuid[uuid]
             limit_ns = deadline_ns
             if not wish.answered:
-                limit_ns = min(limit_ns, time.monotonic_ns() + PATIENCE_NS)
+                limit_ns = min(limit_ns, time.monotonic_ns() + self._patience_ns(uuid))
             return self._correct(wish, offset_ns, limit_ns)
 
-        found = _in_parallel(list(by_uuid), one)
+        found = self._in_parallel(list(by_uuid), one)
         return {
             uuid: Corrected(problem=str(result), remedy=result.remedy)
             if isinstance(result, Exception)
@@ -179,6 +182,29 @@ class Clocks:
         if self._config.guest_exec and commands is not None and commands >= _RUN:
             ways.insert(1, Way.EXEC)
         return ways
+
+    def _in_parallel(
+        self, uuids: Sequence[str], run: Callable[[str], T]
+    ) -> dict[str, T | HypervisorError]:
+        def guarded(uuid: str) -> T | HypervisorError:
+            try:
+                result = run(uuid)
+            except HypervisorError as error:
+                self._silent.add(uuid)
+                return error
+            except DeadlineError as error:
+                self._silent.add(uuid)
+                return AgentError(f"its agent does not answer ({error})")
+            self._silent.discard(uuid)
+            return result
+
+        if not uuids:
+            return {}
+        with ThreadPoolExecutor(min(len(uuids), _THREADS), "clock") as threads:
+            return dict(zip(uuids, threads.map(guarded, uuids), strict=True))
+
+    def _patience_ns(self, uuid: str) -> int:
+        return min(AGAIN_NS if uuid in self._silent else PATIENCE_NS, self._config.timeout_ns)
 
     # ---- one guest, one command
 
@@ -288,21 +314,6 @@ class Clocks:
             for line in self._lockups(uuid, deadline_ns)
             if line not in known
         )
-
-
-def _in_parallel(uuids: Sequence[str], run: Callable[[str], T]) -> dict[str, T | HypervisorError]:
-    def guarded(uuid: str) -> T | HypervisorError:
-        try:
-            return run(uuid)
-        except HypervisorError as error:
-            return error
-        except DeadlineError as error:
-            return AgentError(f"its agent does not answer ({error})")
-
-    if not uuids:
-        return {}
-    with ThreadPoolExecutor(min(len(uuids), _THREADS), "clock") as threads:
-        return dict(zip(uuids, threads.map(guarded, uuids), strict=True))
 
 
 def _rest(deadline_ns: int) -> int:
