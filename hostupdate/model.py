@@ -213,6 +213,7 @@ class ArmedGuest(msgspec.Struct, frozen=True, kw_only=True):
     cgroup: str | None  #: the one that is frozen, below the cgroup v2 mount
     home_cgroup: str | None  #: where to put the process back; None where it was not moved
     links: tuple[str, ...] = ()  #: MAC addresses of its network links that may be held down
+    skew_ns: int | None = None  #: its real time minus the host's, before the pause
 
 
 class ArmedRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,6 +226,7 @@ class ArmedRecord(msgspec.Struct, frozen=True, kw_only=True):
     method: PauseMethod
     cgroup2: str | None
     memory_min: dict[str, str] = {}  #: cgroup path -> value to restore
+    host_offset_ns: int | None = None  #: the host's CLOCK_REALTIME minus CLOCK_MONOTONIC
     guests: tuple[ArmedGuest, ...]
 
 

@@ -63,7 +63,20 @@ def located_guests(hypervisor: Hypervisor, cgroups: Cgroups | None) -> list[Loca
     return locate(hypervisor.guests(), cgroups)
 
 
-class CCore:
+class HostClock:
+    """The host's own clocks."""
+
+    def host_clock(self) -> tuple[int, int]:
+        """CLOCK_REALTIME minus CLOCK_MONOTONIC and its uncertainty, ns."""
+        reading = clock.bracket(time.CLOCK_MONOTONIC, time.CLOCK_REALTIME)
+        return reading.offset_ns, reading.uncertainty_ns
+
+    def host_clock_synchronised(self) -> bool:
+        """Whether something keeps the host's clock right."""
+        return clock.synchronised()
+
+
+class CCore(HostClock):
     """The C core for one run."""
 
     def __init__(
@@ -107,15 +120,6 @@ class CCore:
         for handle in self._handles:
             handle.close()
         self._handles.clear()
-
-    def host_clock(self) -> tuple[int, int]:
-        """CLOCK_REALTIME minus CLOCK_MONOTONIC and its uncertainty, ns."""
-        reading = clock.bracket(time.CLOCK_MONOTONIC, time.CLOCK_REALTIME)
-        return reading.offset_ns, reading.uncertainty_ns
-
-    def host_clock_synchronised(self) -> bool:
-        """Whether something keeps the host's clock right."""
-        return clock.synchronised()
 
 
 def versions(hypervisor: Hypervisor, guests: Sequence[LocatedGuest]) -> dict[str, str]:

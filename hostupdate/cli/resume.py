@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -11,15 +12,21 @@ import msgspec
 from rich.markup import escape
 
 from hostupdate.cli.compose import (
+    HostClock,
     require_root,
     resume_guest_by_monitor,
 )
 from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import out, print_json
+from hostupdate.clocks import Clocks
+from hostupdate.config import Config
 from hostupdate.core.keeper import read_record
+from hostupdate.engine.clocks import GuestClocks
 from hostupdate.engine.outcome import new_report
 from hostupdate.engine.recovery import RecoveryHands, RecoveryHypervisor, recover
+from hostupdate.errors import DeadlineError, HypervisorError
 from hostupdate.guests import Hypervisor
+from hostupdate.guests.agent import Agents
 from hostupdate.guests.links import Links
 from hostupdate.host import processes
 from hostupdate.host.cgroups import Cgroups
@@ -36,7 +43,8 @@ _LOCK_NS = 10_000_000_000
 def command(settings: Settings) -> None:
     """Finish an interrupted run: every guest that it paused runs again.
 
-    Does nothing where no run was interrupted. Steps of the update that had run stay as they are.
+    Does nothing where no run was interrupted. Their clocks are set then. Steps of the
+    update that had run stay as they are.
     """
     require_root()
     config = settings.load_config()
@@ -51,12 +59,16 @@ def command(settings: Settings) -> None:
                 out().print("nothing to resume: no run was interrupted")
             return
         timeout_ns = config.deadlines.recovery_libvirt_ns
-        problems = recover(record, _hands(record, timeout_ns), timeout_ns)
+        libvirt = _Libvirt(record.uri, timeout_ns)
+        problems = recover(record, _hands(record, libvirt), timeout_ns)
         report = _report(journal, record, problems)
         if report is not None:
             journal.save_report(report)
         if not problems:
             journal.disarm()
+        if report is not None:
+            _correct_clocks(record, report, config, libvirt)
+            journal.save_report(report)
     finally:
         lock.release()
     if settings.json:
@@ -70,7 +82,45 @@ def command(settings: Settings) -> None:
     sys.exit(ExitCode.GUEST_LOST if problems else ExitCode.OK)
 
 
-def _hands(record: ArmedRecord, timeout_ns: int) -> RecoveryHands:
+class _Libvirt:
+    """The connection, opened when it is first needed."""
+
+    def __init__(self, uri: str, timeout_ns: int) -> None:
+        self._uri = uri
+        self._timeout_ns = timeout_ns
+        self._hypervisor: Hypervisor | None = None
+
+    def __call__(self) -> Hypervisor:
+        if self._hypervisor is None:
+            self._hypervisor = Hypervisor(self._uri, timeout_ns=self._timeout_ns)
+        return self._hypervisor
+
+
+@dataclass(frozen=True, slots=True)
+class _ClockHands:
+    core: HostClock
+    clocks: Clocks
+    links: Links
+
+
+def _correct_clocks(record: ArmedRecord, report: Report, config: Config, libvirt: _Libvirt) -> None:
+    """The guests run; now their clocks. What cannot be done is in the report."""
+    try:
+        hypervisor = libvirt()
+    except (HypervisorError, DeadlineError) as error:
+        report.reasons.append(f"guests' clocks are not verified: {error}")
+        return
+    hands = _ClockHands(HostClock(), Clocks(Agents(hypervisor), config.clock), Links(hypervisor))
+    guests = {guest.uuid: guest for guest in report.guests}
+    clocks = GuestClocks([guest.uuid for guest in record.guests], config, hands, guests)
+    clocks.recall(record)
+    report.reasons += [text for text, _wrong in clocks.correct()]
+    stepped = clocks.conclude_host()
+    report.reasons += [stepped] if stepped else []
+    report.host_clock = clocks.host
+
+
+def _hands(record: ArmedRecord, libvirt: _Libvirt) -> RecoveryHands:
     cgroups = Cgroups(Path(record.cgroup2)) if record.cgroup2 is not None else None
 
     def thaw(guest: ArmedGuest) -> None:
@@ -88,7 +138,7 @@ def _hands(record: ArmedRecord, timeout_ns: int) -> RecoveryHands:
     return RecoveryHands(
         thaw=thaw,
         restore_memory_min=cgroups.set_memory_min if cgroups is not None else lambda _: None,
-        hypervisor=lambda: Hypervisor(record.uri, timeout_ns=timeout_ns),
+        hypervisor=libvirt,
         connect=connect,
         is_alive=processes.is_same,
         resume_by_monitor=resume_guest_by_monitor,

@@ -7,29 +7,45 @@ stepped during the run, guests only get back the time that the pause took.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from hostupdate.config import Config
 from hostupdate.durations import format_duration
-from hostupdate.engine.ports import Hands
+from hostupdate.engine.ports import ClocksPort, HostClockPort, LinksPort
 from hostupdate.errors import DeadlineError, GuestError, HypervisorError
-from hostupdate.model import GuestReport, HostClockReport, Plan
+from hostupdate.model import ArmedRecord, GuestReport, HostClockReport
 from hostupdate.skew import Corrected, Skew, Wish, is_right, stepped_ns, target_ns
 
 #: Links come up again this long before the keeper would have to see to it.
 _LINKS_NS = 200_000_000
 
 
+class ClockHands(Protocol):
+    """What of the engine's hands is needed for clocks."""
+
+    @property
+    def core(self) -> HostClockPort: ...
+    @property
+    def clocks(self) -> ClocksPort: ...
+    @property
+    def links(self) -> LinksPort: ...
+
+
 class GuestClocks:
     """The clocks and the network links of one run's paused guests, into ``reports``."""
 
     def __init__(
-        self, plan: Plan, config: Config, hands: Hands, reports: dict[str, GuestReport]
+        self,
+        uuids: Sequence[str],
+        config: Config,
+        hands: ClockHands,
+        reports: Mapping[str, GuestReport],
     ) -> None:
-        self._guests = plan.paused
         self._config = config.clock
         self._hands = hands
         self._reports = reports
-        self._uuids = [guest.uuid for guest in self._guests]
+        self._uuids = uuids
         self._before: dict[str, Skew] = {}
         self._links: dict[str, tuple[str, ...]] = {}
         self._measured = self._corrected = False
@@ -50,6 +66,20 @@ class GuestClocks:
         if self._config.hold_network:
             for uuid in self._uuids:
                 self._links[uuid] = self._hands.links.up(uuid)
+
+    def recall(self, record: ArmedRecord) -> None:
+        """What an interrupted run had measured, instead of :meth:`measure`."""
+        self._measured = True
+        if record.host_offset_ns is not None:
+            self.host.before_ns = record.host_offset_ns
+            for guest in record.guests:
+                if guest.skew_ns is not None:
+                    self._before[guest.uuid] = Skew(skew_ns=guest.skew_ns, uncertainty_ns=0)
+                    self._reports[guest.uuid].clock.before_ns = guest.skew_ns
+
+    def skew_ns(self, uuid: str) -> int | None:
+        """The guest's skew before the pause."""
+        return self._before[uuid].skew_ns if uuid in self._before else None
 
     def links(self, uuid: str) -> tuple[str, ...]:
         """The guest's links that are held down in this run, for whoever has to recover."""

@@ -41,7 +41,17 @@ class KeeperPort(Protocol):
     def stop(self) -> None: ...
 
 
-class CorePort(Protocol):
+class HostClockPort(Protocol):
+    """The host's own clocks."""
+
+    def host_clock(self) -> tuple[int, int]:
+        """CLOCK_REALTIME minus CLOCK_MONOTONIC, and its uncertainty, in ns."""
+
+    def host_clock_synchronised(self) -> bool:
+        """Whether something keeps CLOCK_REALTIME right, by the kernel's account."""
+
+
+class CorePort(HostClockPort, Protocol):
     """The C core."""
 
     def open_guests(self, guests: Sequence[tuple[str, int, str | None]]) -> PausedSet:
@@ -49,11 +59,6 @@ class CorePort(Protocol):
 
     def start_keeper(self, guests: PausedSet, ram_fds: Sequence[int]) -> KeeperPort: ...
     def close(self) -> None: ...
-    def host_clock(self) -> tuple[int, int]:
-        """CLOCK_REALTIME minus CLOCK_MONOTONIC, and its uncertainty, in ns."""
-
-    def host_clock_synchronised(self) -> bool:
-        """Whether something keeps CLOCK_REALTIME right, by the kernel's account."""
 
 
 class RamView(Protocol):

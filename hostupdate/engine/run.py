@@ -44,7 +44,7 @@ class Run:
         guests = {guest.uuid: guest for guest in self._report.guests}
         self._pause = Pause(plan, config, hands, guests)
         self._residency = Residency(plan, hands, guests)
-        self._clocks = GuestClocks(plan, config, hands, guests)
+        self._clocks = GuestClocks([g.uuid for g in plan.paused], config, hands, guests)
         self._report.host_clock = self._clocks.host
         self._outcomes = Outcomes(plan, hands, self._pause, self._report)
         self._undo: list[tuple[Action, Callable[[], None]]] = []
@@ -213,6 +213,7 @@ class Run:
                     cgroup=own or home,
                     home_cgroup=home if own else None,
                     links=self._clocks.links(guest.uuid),
+                    skew_ns=self._clocks.skew_ns(guest.uuid),
                 )
             )
         if cgroups is not None and wanted:
@@ -227,6 +228,7 @@ class Run:
                 method=self._plan.method,
                 cgroup2=str(cgroups.mount) if cgroups is not None else None,
                 memory_min={cgroup: old for cgroup, (old, _) in self._memory_min.items()},
+                host_offset_ns=self._clocks.host.before_ns,
                 guests=tuple(armed),
             )
         )
