@@ -14,8 +14,9 @@ from hostupdate.durations import MILLISECOND
 
 #: A measurement has at least so many samples, and at most so many where the agent is slow.
 FEWEST, MOST = 4, 16
-#: How often one way of setting a clock is tried; the RTC counts seconds, once must do.
-ATTEMPTS = 8
+#: How often one way of setting a clock is tried. A busy guest takes each set with another delay:
+#: it is set until one hits. The RTC counts seconds, once must do.
+ATTEMPTS = 32
 #: A change of the host's CLOCK_REALTIME minus CLOCK_MONOTONIC above this is a step. Slewing moves
 #: both alike; what is allowed here is for rounding.
 STEP_NS = 10_000
@@ -90,10 +91,11 @@ def is_right(now: Skew, target_ns: int, tolerance_ns: int) -> bool:
 
 
 def next_way(
-    ways: Sequence[Way], tried: Sequence[Way], refused: frozenset[Way] | set[Way]
+    ways: Sequence[Way], tried: Sequence[Way], refused: frozenset[Way] | set[Way], worked: Way
 ) -> Way | None:
-    """The way by which to set the clock next; None where no way is left."""
-    for way in ways:
+    """The way by which to set the clock next; None where no way is left. One that has ``worked``
+    is not left for a coarser one."""
+    for way in ways if worked is Way.NONE else [worked]:
         attempts = 1 if way is Way.RTC else ATTEMPTS
         if way not in refused and tried.count(way) < attempts:
             return way

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from hostupdate.cli.compose import (
+    HostClock,
     located_guests,
     make_hands,
     open_cgroups,
@@ -22,7 +23,6 @@ from hostupdate.cli.settings import Settings, global_options, pass_settings, rea
 from hostupdate.cli.terminal import duration, err, print_json
 from hostupdate.clocks import Clocks
 from hostupdate.config import Config
-from hostupdate.core import clock
 from hostupdate.durations import DurationError, parse_duration
 from hostupdate.engine import Run
 from hostupdate.errors import InputError, RefusedError
@@ -101,7 +101,7 @@ def command(
                 method=pause_method or config.pause.method,
                 max_impact=Impact(max_impact) if max_impact else None,
                 budget_ns=budget_ns,
-                synchronised=clock.synchronised(),
+                synchronised=HostClock().host_clock_synchronised(),
                 watchdogs=clocks.watchdogs(_asked(manifest, guests)),
             )
             if dry_run:

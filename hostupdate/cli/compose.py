@@ -18,7 +18,7 @@ from hostupdate.core.freezer import GuestHandle, GuestSet, open_cgroup, open_pro
 from hostupdate.core.keeper import Keeper
 from hostupdate.engine import Hands
 from hostupdate.engine.ports import KeeperPort, PausedSet, ProgressPort
-from hostupdate.errors import HostUpdateError, HypervisorError, PrerequisiteError
+from hostupdate.errors import CoreError, HostUpdateError, HypervisorError, PrerequisiteError
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.links import Links
 from hostupdate.guests.monitor import resume_by_monitor
@@ -72,8 +72,11 @@ class HostClock:
         return reading.offset_ns, reading.uncertainty_ns
 
     def host_clock_synchronised(self) -> bool:
-        """Whether something keeps the host's clock right."""
-        return clock.synchronised()
+        """Whether something keeps the host's clock right; no where the kernel does not say."""
+        try:
+            return clock.synchronised()
+        except CoreError:
+            return False
 
 
 class CCore(HostClock):

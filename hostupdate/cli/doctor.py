@@ -12,7 +12,6 @@ from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import out, print_json
 from hostupdate.clocks import Clocks
 from hostupdate.config import Config
-from hostupdate.core import clock
 from hostupdate.durations import format_duration
 from hostupdate.errors import DeadlineError, HypervisorError
 from hostupdate.guests import Hypervisor, embedded_root
@@ -52,7 +51,7 @@ def command(settings: Settings) -> None:
 
 
 def _host_clock(config: Config) -> Finding:
-    if clock.synchronised():
+    if HostClock().host_clock_synchronised():
         return Finding(name="host clock", grade=Grade.OK, found="synchronised")
     found = "nothing synchronises it: guests' clocks are not set by it"
     if config.clock.trust_host:

@@ -145,8 +145,8 @@ class GuestClocks:
         if not stepped:
             return ""
         return (
-            f"the host's clock was stepped by {format_duration(stepped)} during the run: "
-            "guests were not set by it"
+            f"the host's clock was stepped by {format_duration(stepped)} during the run; "
+            "no guest was set by its new time"
         )
 
     def _stepped_ns(self) -> int:
@@ -175,6 +175,6 @@ class GuestClocks:
             clock.problem = "it was not measured before the pause, and the host's time is not sure"
         if not clock.problem:
             return ""
-        verb = "is wrong" if found.now is not None else "is not verified"
+        verb = "is wrong" if found.now is not None and found.problem else "is not verified"
         text = f"guest {report.name}: its clock {verb}: {clock.problem}"
         return f"{text}; {found.remedy}" if found.remedy else text

@@ -79,13 +79,19 @@ def test_right_is_within_the_tolerance_or_what_can_be_seen() -> None:
 
 
 def test_ways_are_taken_in_order_until_refused_or_tried_enough() -> None:
-    assert next_way(WAYS, [], set()) is Way.SET_TIME
-    assert next_way(WAYS, [Way.SET_TIME] * (ATTEMPTS - 1), set()) is Way.SET_TIME
-    assert next_way(WAYS, [Way.SET_TIME] * ATTEMPTS, set()) is Way.EXEC
-    assert next_way(WAYS, [Way.SET_TIME], {Way.SET_TIME}) is Way.EXEC
-    assert next_way(WAYS, [], {Way.SET_TIME, Way.EXEC}) is Way.RTC
-    assert next_way(WAYS, [Way.RTC], {Way.SET_TIME, Way.EXEC}) is None
-    assert next_way([], [], set()) is None
+    none = Way.NONE
+    assert next_way(WAYS, [], set(), none) is Way.SET_TIME
+    assert next_way(WAYS, [Way.SET_TIME] * (ATTEMPTS - 1), set(), none) is Way.SET_TIME
+    assert next_way(WAYS, [Way.SET_TIME] * ATTEMPTS, set(), none) is Way.EXEC
+    assert next_way(WAYS, [Way.SET_TIME], {Way.SET_TIME}, none) is Way.EXEC
+    assert next_way(WAYS, [], {Way.SET_TIME, Way.EXEC}, none) is Way.RTC
+    assert next_way(WAYS, [Way.RTC], {Way.SET_TIME, Way.EXEC}, none) is None
+    assert next_way([], [], set(), none) is None
+
+
+def test_a_way_that_works_is_not_left_for_a_coarser_one() -> None:
+    assert next_way(WAYS, [Way.SET_TIME], set(), Way.SET_TIME) is Way.SET_TIME
+    assert next_way(WAYS, [Way.SET_TIME] * ATTEMPTS, set(), Way.SET_TIME) is None
 
 
 def test_a_set_that_failed_may_have_helped() -> None:
