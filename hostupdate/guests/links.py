@@ -28,7 +28,9 @@ class Links:
         return self._hypervisor.call("look at network links", run)
 
     def set(self, uuid: str, macs: Sequence[str], state: str) -> None:
-        """``state`` is up or down. A link that is gone, or is so already, is no error."""
+        """``state`` is up or down. A link that is gone, or is so already, is no error; nor is a
+        daemon that was started anew since the last call."""
+        self._hypervisor.revive()
 
         def run(connection: Any) -> None:
             domain = connection.lookupByUUIDString(uuid)
