@@ -207,3 +207,16 @@ def test_an_agent_that_refuses_to_set_the_time(lab: Lab, pause: Pause, allowed: 
         assert clocks[bad]["method"] == "none"
         assert clocks[bad]["after_ns"] < -SECOND
         assert any(f"guest {bad}: its clock is wrong" in r for r in ended.data["reasons"])
+
+
+def test_doctor_and_plan_look_at_clocks_and_watchdogs(lab: Lab, write_manifest: Write) -> None:
+    findings = {f["name"]: f for f in lab.run("doctor", "--json").data["findings"]}
+    assert findings["host clock"]["grade"] in ("ok", "poor")
+    found = [findings[f"guest {name}"]["found"] for name in lab.names]
+    assert all(text.startswith("its clock is") for text in found)
+    long = PAUSE.format(1).replace("9s", "25s")
+    plan = lab.apply(write_manifest(long), "--pause-method", "stop", "--dry-run").data
+    # Under KVM a lab guest has a pvclock, under emulation it has none: both know it.
+    without = [name for name, text in zip(lab.names, found, strict=True) if "pvclock" in text]
+    warned = [text.split()[1] for text in plan["warnings"] if "pvclock" in text]
+    assert warned == without
