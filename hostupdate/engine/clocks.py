@@ -7,7 +7,7 @@ stepped during the run, guests only get back the time that the pause took.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Protocol
 
 from hostupdate.config import Config
@@ -107,11 +107,14 @@ class GuestClocks:
         if failed is not None:
             raise failed
 
-    def correct(self, limit_ns: int | None = None) -> list[tuple[str, bool]]:
+    def correct(
+        self, limit_ns: int | None = None, skip: Container[str] = ()
+    ) -> list[tuple[str, bool]]:
         """Measures and sets the clocks, once a run. Returns what is not as promised, in words,
         and whether a clock is known to be wrong, not just not known to be right.
 
-        ``limit_ns`` (CLOCK_MONOTONIC) is an end before the configured one.
+        ``limit_ns`` (CLOCK_MONOTONIC) is an end before the configured one; ``skip`` are guests
+        that do not run: their agents would be waited for.
         """
         if self._corrected or not self._measured:
             return []
@@ -127,6 +130,7 @@ class GuestClocks:
                 answered=uuid in self._before,
             )
             for uuid in self._uuids
+            if uuid not in skip
         ]
         found = self._hands.clocks.correct(wishes, self.host.before_ns, deadline_ns)
         texts = {wish.uuid: self._conclude(wish, found[wish.uuid]) for wish in wishes}

@@ -280,10 +280,10 @@ class Run:
     def _correct(self, _action: Action) -> None:
         # With links held, the keeper is armed until they are up again.
         held = self._config.clock.hold_network
-        self._clock_findings(self._clocks.correct(self._pause.deadline_ns if held else None))
+        self._correct_clocks(self._pause.deadline_ns if held else None)
 
-    def _clock_findings(self, findings: list[tuple[str, bool]]) -> None:
-        for text, wrong in findings:
+    def _correct_clocks(self, limit_ns: int | None = None) -> None:
+        for text, wrong in self._clocks.correct(limit_ns, skip=self._pause.problems()):
             if wrong or self._config.clock.require:
                 self._outcomes.degrade(text)
             else:
@@ -312,7 +312,7 @@ class Run:
     def _fail(self, error: Exception) -> None:
         self._pause.let_run()
         if self._pause.began:
-            self._clock_findings(self._clocks.correct())
+            self._correct_clocks()
         self._end_phase()
         gc.enable()
         self._flush_progress()

@@ -218,6 +218,7 @@ def test_a_guest_that_neither_way_resumes_needs_a_human(world: World, fake: Fake
     report = run(fake, method="stop")
     assert report.exit_code == ExitCode.GUEST_LOST
     assert any("by its monitor: taken" in reason for reason in report.reasons)
+    assert world.wishes == [], "the agent of a paused guest was waited for"
 
 
 def test_a_guest_that_does_not_stop_is_named(world: World, fake: FakeHands) -> None:
