@@ -44,6 +44,8 @@ AGAIN_NS = 500 * MILLISECOND
 _SAMPLING_NS = 500 * MILLISECOND
 #: An agent that is not connected says so at once; then it is asked again after this.
 _RETRY_NS = 50 * MILLISECOND
+#: No further set is begun with less than this left: it could not be looked at any more.
+_ROUND_NS = 1500 * MILLISECOND
 _POLL_NS = 10 * MILLISECOND
 _THREADS = 32
 
@@ -134,7 +136,7 @@ class Clocks:
         notes: dict[str, None] = {}
         while not is_right(now, target_ns, tolerance_ns):
             way = next_way(self._ways(uuid), tried, refused, set_by)
-            if way is None or time.monotonic_ns() >= deadline_ns:
+            if way is None or (tried and _over(deadline_ns, _ROUND_NS)):
                 break
             tried.append(way)
             delay = delay_ns(delays_ns)

@@ -196,11 +196,14 @@ def test_hwclock_that_fails_is_no_failure(lab: Lab, pause: Pause) -> None:
 @pytest.mark.parametrize("allowed", [True, False])
 def test_an_agent_that_refuses_to_set_the_time(lab: Lab, pause: Pause, allowed: bool) -> None:
     with spoilt(lab, REFUSES) as (bad, good):
-        ended, clocks = pause(clock=f"guest-exec = {str(allowed).lower()}")
-    assert_right(clocks[good])
+        # A program takes longer to start, on a busy machine with great differences.
+        settings = f'guest-exec = {str(allowed).lower()}\ntolerance = "40ms"'
+        ended, clocks = pause(clock=settings)
+    assert clocks[good]["problem"] == ""
     if allowed:
         assert ended.code == 0, ended.err
-        assert_right(clocks[bad])
+        assert clocks[bad]["problem"] == ""
+        assert abs(clocks[bad]["after_ns"]) <= 40 * MS + clocks[bad]["uncertainty_ns"]
         assert clocks[bad]["method"] == "guest-exec"
     else:
         assert ended.code == 30, ended.err

@@ -324,3 +324,17 @@ def test_watchdogs_are_asked_for_where_files_may_be_read(clock: FakeTime) -> Non
     shy = Guest(clock, files=linux)
     assert Clocks(shy, ClockConfig()).watchdogs(["g"]) == {}
     assert "guest-file-open" not in shy.log
+
+
+def test_no_set_is_begun_that_could_not_be_looked_at(clock: FakeTime) -> None:
+    guest = Guest(clock, hwclock_fails=True)
+
+    def never_right(_: Mapping[str, Any]) -> object:
+        guest.clock.now_ns += SECOND
+        guest.ahead_ns += 7 * MILLISECOND
+        return {}
+
+    guest.guest_set_time = never_right  # type: ignore[method-assign]
+    found = correct(guest)
+    assert found.now is not None, "it was left unmeasured"
+    assert found.problem.startswith("it is ")
