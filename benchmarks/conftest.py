@@ -17,8 +17,8 @@ __all__ = ("state",)
 
 MOST = 8
 
-#: Rows for the table: (operation, guests) -> text columns. Filled by the benchmarks.
-RESULTS: list[tuple[str, ...]] = []
+#: Title -> rows of text columns, the headings first. Filled by the benchmarks.
+TABLES: dict[str, list[tuple[str, ...]]] = {}
 
 
 def rounds() -> int:
@@ -38,16 +38,10 @@ def guests(state: Path) -> Iterator[Guests]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not RESULTS:
-        return
-    terminalreporter.section("pausing all guests of a host, medians of the same run")
-    head = (
-        "what", "guests", "hostupdate", "spread", "virsh-like serial", "parallel",
-        "serial/ours", "parallel/ours",
-    )  # fmt: skip
-    rows = [head, *RESULTS]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    for row in rows:
-        terminalreporter.write_line(
-            " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        )
+    for title, rows in TABLES.items():
+        terminalreporter.section(title)
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            terminalreporter.write_line(
+                " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            )

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <sys/timex.h>
+
 #include "internal.h"
 
 static int read_clock(clockid_t clock, int64_t *ret_ns)
@@ -47,4 +49,13 @@ int hu_clock_bracket(int32_t reference_clock, int32_t clock, uint32_t tries,
 		return -EAGAIN;
 	*ret_reading = best;
 	return 0;
+}
+
+int hu_clock_synchronised(void)
+{
+	struct timex state = { .modes = 0 }; /* only asks */
+
+	if (adjtimex(&state) < 0)
+		return -errno;
+	return !(state.status & STA_UNSYNC);
 }

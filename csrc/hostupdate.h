@@ -218,4 +218,7 @@ struct hu_clock_reading {
 int hu_clock_bracket(int32_t reference_clock, int32_t clock, uint32_t tries,
 		     struct hu_clock_reading *ret_reading);
 
+/* 1 where something keeps the host's real time right (NTP, PTP), by the kernel's account; else 0. */
+int hu_clock_synchronised(void);
+
 #endif

@@ -65,6 +65,7 @@ class _Lib:
     def hu_clock_bracket(
         self, reference_clock: int, clock: int, tries: int, ret_reading: CData, /
     ) -> int: ...
+    def hu_clock_synchronised(self) -> int: ...
 
 ffi: _FFI
 lib: _Lib

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta, inspect
 
 from hostupdate.durations import (
+    MILLISECOND,
     MINUTE,
     SECOND,
     DurationError,
@@ -81,6 +82,25 @@ class Residency(Table, frozen=True, kw_only=True):
     lock: Switch = True
 
 
+class Clock(Table, frozen=True, kw_only=True):
+    """Guests' clocks after a pause."""
+
+    #: A guest's clock is right within this, or within what can be measured.
+    tolerance_ns: Annotated[int, span(MINUTE)] = MILLISECOND
+    #: all: guests get the host's time; ours: only what the pause took; off: measured only.
+    correct: Literal["all", "ours", "off"] = "all"
+    #: A guest whose clock cannot be verified makes the run end degraded.
+    require: Switch = False
+    #: The host's clock is right although the kernel says that nothing synchronises it.
+    trust_host: Switch = False
+    #: Network links of guests are down from before the pause until their clocks are right.
+    hold_network: Switch = False
+    #: Programs may be run in guests: to set a clock by date, to look for lockups by dmesg.
+    guest_exec: Switch = False
+    #: Longest time to measure all guests, and to correct all guests.
+    timeout_ns: Annotated[int, span(MINUTE)] = 10 * SECOND
+
+
 class Paths(Table, frozen=True, kw_only=True):
     """Where things are on this host."""
 
@@ -102,6 +122,7 @@ class Config(Table, frozen=True, kw_only=True):
     budget: Budget = Budget()
     deadlines: Deadlines = Deadlines()
     residency: Residency = Residency()
+    clock: Clock = Clock()
     paths: Paths = Paths()
 
 

@@ -10,6 +10,7 @@
     ├── DeadlineError         an outside party did not answer in time
     ├── CoreError             the C core returned -errno; the call undid what it had done
     ├── HypervisorError       libvirt or QEMU reported an error or is unreachable
+    │   └── AgentError        a guest's agent is missing, silent, or refused a command
     ├── GuestError            one guest, by name, could not be handled
     │   └── StopError         it could not be stopped
     ├── StepError             one step of an update failed, hung or did not verify
@@ -106,6 +107,21 @@ class CoreError(HostUpdateError):
 
 class HypervisorError(HostUpdateError):
     """libvirt or QEMU answered with an error, or cannot be reached."""
+
+
+class AgentError(HypervisorError):
+    """A guest's agent did not do what it was asked.
+
+    ``refused``: it answered, with an error; else it is silent, and a command that it was sent may
+    still be executed. ``missing``: the guest has no channel for one.
+    """
+
+    def __init__(
+        self, problem: str, *, refused: bool = False, missing: bool = False, remedy: str = ""
+    ) -> None:
+        super().__init__(problem, remedy=remedy)
+        self.refused = refused
+        self.missing = missing
 
 
 class GuestError(HostUpdateError):

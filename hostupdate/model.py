@@ -142,6 +142,15 @@ class LocatedGuest:
     problem: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentAnswer:
+    """What a guest's agent returned, and when it was asked and had answered (CLOCK_MONOTONIC)."""
+
+    value: object
+    sent_ns: int
+    received_ns: int
+
+
 class Action(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that a run does. ``plan`` prints these and ``apply`` executes just these.
 
@@ -203,6 +212,8 @@ class ArmedGuest(msgspec.Struct, frozen=True, kw_only=True):
     started: int
     cgroup: str | None  #: the one that is frozen, below the cgroup v2 mount
     home_cgroup: str | None  #: where to put the process back; None where it was not moved
+    links: tuple[str, ...] = ()  #: MAC addresses of its network links that may be held down
+    skew_ns: int | None = None  #: its real time minus the host's, before the pause
 
 
 class ArmedRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +232,7 @@ class ArmedRecord(msgspec.Struct, frozen=True, kw_only=True):
     libvirt_timeout_ns: int
     cgroup2: str | None
     memory_min: dict[str, str] = {}  #: cgroup path -> value to restore
+    host_offset_ns: int | None = None  #: the host's CLOCK_REALTIME minus CLOCK_MONOTONIC
     guests: tuple[ArmedGuest, ...]
 
 
@@ -233,12 +245,16 @@ class ImpactReport(msgspec.Struct, kw_only=True):
 
 
 class ClockReport(msgspec.Struct, kw_only=True):
-    """Guest clock against host clock. Not measured by this version: all None."""
+    """A guest's real time minus the host's: before the pause, right after the resume, and at the
+    end. ``uncertainty_ns`` belongs to ``after_ns``. ``method`` says how the clock was set; none:
+    it needed no setting. ``problem`` says why it is not verified; empty where it is right."""
 
     before_ns: int | None = None
+    resumed_ns: int | None = None
     after_ns: int | None = None
     uncertainty_ns: int | None = None
     method: str | None = None
+    problem: str = ""
 
 
 class ResidencyReport(msgspec.Struct, kw_only=True):
@@ -306,11 +322,13 @@ class PhaseReport(msgspec.Struct, kw_only=True):
 
 class HostClockReport(msgspec.Struct, kw_only=True):
     """CLOCK_REALTIME minus CLOCK_MONOTONIC of the host, before and after: a difference between
-    the two is a step (or slew) of the host's own clock during the run."""
+    the two is a step of the host's own clock during the run: a slew moves both. ``synchronised``:
+    what the kernel said of the clock before the run."""
 
     before_ns: int
     after_ns: int | None = None
     uncertainty_ns: int
+    synchronised: bool | None = None
 
 
 class VersionsReport(msgspec.Struct, kw_only=True):

@@ -6,9 +6,9 @@ plan lists is what the engine executes; there is no second description of a run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from hostupdate.config import Config
+from hostupdate.config import Clock, Config
 from hostupdate.durations import format_duration
 from hostupdate.errors import RefusedError
 from hostupdate.manifest import Manifest, Step
@@ -27,10 +27,29 @@ from hostupdate.model import (
     Protection,
 )
 from hostupdate.prediction import RESERVE_NS, blackout_ceiling_ns, full_digests_ns
+from hostupdate.skew import Watchdog
 
 #: A guest's soft-lockup watchdog barks after this long without a pause that it knows of
 #: (kernel.watchdog_thresh 10 s, doubled; Documentation/admin-guide/lockup-watchdogs.rst).
 GUEST_WATCHDOG_NS = 20_000_000_000
+
+_UNSYNCHRONISED = (
+    "nothing synchronises the host's clock: guests are not set by it, they get back what the pause "
+    "takes; start chrony, or say [clock] trust-host = true"
+)
+_HOST, _OURS, _LOOK = (
+    "set the clocks of {} to the host's time",
+    "give the clocks of {} back what the pause took",
+    "measure the clocks of {} again",
+)
+_CLOCK_TITLES = {
+    ("all", True): _HOST,
+    ("all", False): _OURS,
+    ("ours", True): _OURS,
+    ("ours", False): _OURS,
+    ("off", True): _LOOK,
+    ("off", False): _LOOK,
+}
 
 
 def make_plan(
@@ -43,11 +62,14 @@ def make_plan(
     method: str,
     max_impact: Impact | None = None,
     budget_ns: int | None = None,
+    synchronised: bool = True,
+    watchdogs: Mapping[str, Watchdog] | None = None,
 ) -> Plan:
     """Decides everything about a run.
 
-    ``verify_ram`` is sample, full or off; ``method`` auto, freeze or stop. Raises RefusedError
-    with every reason found, not only the first; nothing was touched then.
+    ``verify_ram`` is sample, full or off; ``method`` auto, freeze or stop; ``synchronised`` what
+    is known of the host's clock, ``watchdogs`` of guests', by uuid. Raises RefusedError with every
+    reason found, not only the first; nothing was touched then.
     """
     judged = _judge(manifest)
     requested = manifest.update.impact
@@ -89,6 +111,7 @@ def make_plan(
     if reasons:
         raise RefusedError(reasons)
 
+    trusted = synchronised or config.clock.trust_host
     return Plan(
         update=manifest.update.name,
         requested=requested,
@@ -99,8 +122,11 @@ def make_plan(
         budget_ns=budget_ns,
         predicted_blackout_ns=predicted_ns,
         guests=planned,
-        actions=_actions(manifest, planned, chosen, budget_ns),
-        warnings=_warnings(planned, chosen, predicted_ns),
+        actions=_actions(manifest, planned, chosen, budget_ns, config.clock, trusted),
+        warnings=(
+            *_warnings(planned, chosen, predicted_ns, watchdogs or {}),
+            *([_UNSYNCHRONISED] if pauses and not trusted else []),
+        ),
     )
 
 
@@ -196,9 +222,20 @@ def _choose_method(
 
 
 def _warnings(
-    guests: Sequence[PlannedGuest], method: PauseMethod | None, predicted_ns: int | None
+    guests: Sequence[PlannedGuest],
+    method: PauseMethod | None,
+    predicted_ns: int | None,
+    watchdogs: Mapping[str, Watchdog],
 ) -> tuple[str, ...]:
     found = []
+    for guest in guests:
+        dog = watchdogs.get(guest.uuid)
+        stalls = method is not None and dog is not None and (predicted_ns or 0) > dog.threshold_ns
+        if guest.pause and stalls and dog is not None and not dog.pvclock:
+            found.append(
+                f"guest {guest.name} has no pvclock: paused for longer than "
+                f"{format_duration(dog.threshold_ns)}, it may report a soft lockup"
+            )
     if method is PauseMethod.FREEZE and (predicted_ns or 0) > GUEST_WATCHDOG_NS:
         found.append("frozen longer than 20 s, a guest reports a soft lockup: prefer method stop")
     if any(guest.freeze_by is FreezeBy.SIGNAL for guest in guests):
@@ -217,13 +254,15 @@ def _actions(
     guests: Sequence[PlannedGuest],
     method: PauseMethod | None,
     budget_ns: int,
+    clock: Clock,
+    trusted: bool,
 ) -> tuple[Action, ...]:
     actions = [_step(step) for step in manifest.steps_in(Phase.STAGE)]
     paused = [guest for guest in guests if guest.pause]
     if method is None or not paused:
         actions += [_step(step) for step in manifest.steps_in(Phase.BLACKOUT)]
     else:
-        actions += _pause_actions(manifest, paused, method, budget_ns)
+        actions += _pause_actions(manifest, paused, method, budget_ns, clock, trusted)
     actions += [_step(step) for step in manifest.steps_in(Phase.FINISH)]
     return tuple(actions)
 
@@ -241,7 +280,12 @@ def _step(step: Step) -> Action:
 
 
 def _pause_actions(
-    manifest: Manifest, paused: Sequence[PlannedGuest], method: PauseMethod, budget_ns: int
+    manifest: Manifest,
+    paused: Sequence[PlannedGuest],
+    method: PauseMethod,
+    budget_ns: int,
+    clock: Clock,
+    trusted: bool,
 ) -> list[Action]:
     names = ", ".join(guest.name for guest in paused)
     isolated = ", ".join(guest.name for guest in paused if guest.isolate)
@@ -255,6 +299,7 @@ def _pause_actions(
 
     stage, blackout, finish = Phase.STAGE, Phase.BLACKOUT, Phase.FINISH
     actions = [
+        action(stage, "clocks-before", f"measure the clocks of {names}"),
         action(stage, "record", "write what recovery must know", "remove it"),
         action(stage, "measure", f"measure the RAM of {names}"),
     ]
@@ -269,6 +314,9 @@ def _pause_actions(
     keeper = "start the keeper" + (f", which locks the RAM of {locked}" if locked else "")
     actions.append(action(stage, "keeper", keeper, "end the keeper"))
     actions.append(action(stage, "recheck", f"see that {names} still run, and no others"))
+    if clock.hold_network:
+        down = f"take the network links of {names} down"
+        actions.append(action(stage, "links-down", down, "bring them up"))
     arm = f"arm the keeper: guests run again within {format_duration(budget_ns)}"
     actions.append(action(blackout, "arm", arm, "disarm the keeper"))
     if method is PauseMethod.STOP:
@@ -283,7 +331,14 @@ def _pause_actions(
     actions.append(action(blackout, "thaw", f"thaw {names}"))
     if method is PauseMethod.STOP:
         actions.append(action(blackout, "resume", f"resume {names} through libvirt"))
+    after = blackout if clock.hold_network else finish
+    clocks = [action(after, "clocks", _CLOCK_TITLES[clock.correct, trusted].format(names))]
+    if clock.hold_network:
+        # Before the keeper is disarmed: should we die, it sees to it that links come up.
+        actions += [*clocks, action(blackout, "links-up", f"bring up the links of {names}")]
+        clocks = []
     actions.append(action(blackout, "disarm", "disarm the keeper"))
+    actions += clocks
     actions.append(action(finish, "release", "end the keeper and put guests' cgroups back"))
     actions.append(action(finish, "verify", f"verify the state and the RAM of {names}"))
     return actions

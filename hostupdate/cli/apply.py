@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from hostupdate.cli.compose import (
+    HostClock,
     located_guests,
     make_hands,
     open_cgroups,
@@ -21,11 +22,13 @@ from hostupdate.cli.progress import Lines, Silent
 from hostupdate.cli.report_text import print_report
 from hostupdate.cli.settings import Settings, global_options, pass_settings, read_file
 from hostupdate.cli.terminal import duration, err, print_error, print_json
+from hostupdate.clocks import Clocks
 from hostupdate.config import Config
 from hostupdate.durations import DurationError, parse_duration
 from hostupdate.engine import Run
 from hostupdate.errors import InputError, RefusedError
 from hostupdate.guests import Hypervisor
+from hostupdate.guests.agent import Agents
 from hostupdate.host.cgroups import Cgroups
 from hostupdate.host.steps import find_programs
 from hostupdate.journal import Journal
@@ -37,6 +40,7 @@ from hostupdate.model import (
     ImpactReport,
     LocatedGuest,
     Outcome,
+    Phase,
     Plan,
     Report,
 )
@@ -88,6 +92,7 @@ def command(
         with open_hypervisor(settings, config) as hypervisor:
             cgroups = open_cgroups(config)
             guests = located_guests(hypervisor, cgroups)
+            clocks = Clocks(Agents(hypervisor), config.clock)
             plan = make_plan(
                 manifest,
                 config,
@@ -97,6 +102,8 @@ def command(
                 method=pause_method or config.pause.method,
                 max_impact=Impact(max_impact) if max_impact else None,
                 budget_ns=budget_ns,
+                synchronised=HostClock().host_clock_synchronised(),
+                watchdogs=clocks.watchdogs(_asked(manifest, guests)),
             )
             if dry_run:
                 print_json(plan) if settings.json else print_plan(plan)
@@ -111,6 +118,7 @@ def command(
                 manifest,
                 journal,
                 hypervisor,
+                clocks,
                 cgroups,
                 guests,
                 verify,
@@ -140,6 +148,7 @@ def _execute(
     manifest: Manifest,
     journal: Journal,
     hypervisor: Hypervisor,
+    clocks: Clocks,
     cgroups: Cgroups | None,
     guests: list[LocatedGuest],
     verify_ram: str,
@@ -152,12 +161,20 @@ def _execute(
         manifest=manifest,
         journal=journal,
         hypervisor=hypervisor,
+        clocks=clocks,
         cgroups=cgroups,
         guests=guests,
         verify_ram=verify_ram,
         progress=Silent() if settings.quiet else Lines(),
     ) as hands:
         return Run(run_id, plan, config, hands, settings.uri).execute()
+
+
+def _asked(manifest: Manifest, guests: list[LocatedGuest]) -> list[str]:
+    """The guests whose watchdogs matter: those that a blackout would pause."""
+    if not manifest.steps_in(Phase.BLACKOUT):
+        return []
+    return [g.guest.uuid for g in guests if g.place is not None and not g.place.frozen]
 
 
 def _budget_ns(text: str | None) -> int | None:

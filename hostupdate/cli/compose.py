@@ -11,14 +11,16 @@ from pathlib import Path
 
 from hostupdate import __version__
 from hostupdate.cli.settings import Settings
+from hostupdate.clocks import Clocks
 from hostupdate.config import Config
 from hostupdate.core import clock
 from hostupdate.core.freezer import GuestHandle, GuestSet, open_cgroup, open_process
 from hostupdate.core.keeper import Keeper
 from hostupdate.engine import Hands
 from hostupdate.engine.ports import KeeperPort, PausedSet, ProgressPort
-from hostupdate.errors import HostUpdateError, HypervisorError, PrerequisiteError
+from hostupdate.errors import CoreError, HostUpdateError, HypervisorError, PrerequisiteError
 from hostupdate.guests import Hypervisor
+from hostupdate.guests.links import Links
 from hostupdate.guests.monitor import resume_by_monitor
 from hostupdate.host import processes
 from hostupdate.host.cgroups import Cgroups, find_cgroup2
@@ -61,7 +63,23 @@ def located_guests(hypervisor: Hypervisor, cgroups: Cgroups | None) -> list[Loca
     return locate(hypervisor.guests(), cgroups)
 
 
-class CCore:
+class HostClock:
+    """The host's own clocks."""
+
+    def host_clock(self) -> tuple[int, int]:
+        """CLOCK_REALTIME minus CLOCK_MONOTONIC and its uncertainty, ns."""
+        reading = clock.bracket(time.CLOCK_MONOTONIC, time.CLOCK_REALTIME)
+        return reading.offset_ns, reading.uncertainty_ns
+
+    def host_clock_synchronised(self) -> bool:
+        """Whether something keeps the host's clock right; no where the kernel does not say."""
+        try:
+            return clock.synchronised()
+        except CoreError:
+            return False
+
+
+class CCore(HostClock):
     """The C core for one run."""
 
     def __init__(
@@ -104,11 +122,6 @@ class CCore:
             handle.close()
         self._handles.clear()
 
-    def host_clock(self) -> tuple[int, int]:
-        """CLOCK_REALTIME minus CLOCK_MONOTONIC and its uncertainty, ns."""
-        reading = clock.bracket(time.CLOCK_MONOTONIC, time.CLOCK_REALTIME)
-        return reading.offset_ns, reading.uncertainty_ns
-
 
 def versions(hypervisor: Hypervisor, guests: Sequence[LocatedGuest]) -> dict[str, str]:
     """What is installed now, by name. What does not answer is left out."""
@@ -138,6 +151,7 @@ def make_hands(
     manifest: Manifest,
     journal: Journal,
     hypervisor: Hypervisor,
+    clocks: Clocks,
     cgroups: Cgroups | None,
     guests: Sequence[LocatedGuest],
     verify_ram: str,
@@ -156,6 +170,8 @@ def make_hands(
             steps.prepare(step, run / "steps" / f"{number:02}.log")
         yield Hands(
             hypervisor=hypervisor,
+            clocks=clocks,
+            links=Links(hypervisor),
             cgroups=cgroups,
             core=CCore(run, settings, config, cgroups),
             ram=Memory(verify_ram),

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hostupdate.cli.terminal import MISSING, duration, out, size, table
-from hostupdate.model import ExitCode, GuestReport, Outcome, Report
+from hostupdate.model import ClockReport, ExitCode, GuestReport, Outcome, Report
 
 _COLOURS = {
     Outcome.OK: "green",
@@ -43,6 +43,7 @@ def print_report(report: Report) -> None:
     for reason in report.reasons:
         console.print(f"[{colour}]-[/] {escape(reason)}")
     _print_guests(console, report)
+    _print_clocks(console, report)
     _print_steps(console, report)
     for name, before in report.versions.before.items():
         after = report.versions.after.get(name, MISSING)
@@ -81,6 +82,28 @@ def _print_guests(console: Console, report: Report) -> None:
         reason = guest.residency.digest_reason
         for note in [*guest.notes, *([f"no RAM digest: {reason}"] if reason else [])]:
             console.print(f"{escape(guest.name)}: {escape(note)}")
+
+
+def _print_clocks(console: Console, report: Report) -> None:
+    guests = [guest for guest in report.guests if guest.clock != ClockReport()]
+    if not guests:
+        return
+    console.print()
+    rows = table(
+        "guest's clock against the host's", ">before", ">after the pause", ">now",
+        ">uncertainty", "set by",
+    )  # fmt: skip
+    for guest in guests:
+        clock = guest.clock
+        rows.add_row(
+            escape(guest.name),
+            duration(clock.before_ns),
+            duration(clock.resumed_ns),
+            duration(clock.after_ns),
+            duration(clock.uncertainty_ns),
+            clock.method or MISSING,
+        )
+    console.print(rows)
 
 
 def _digest(guest: GuestReport) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -10,15 +11,27 @@ import msgspec
 from rich.markup import escape
 
 from hostupdate.cli.compose import (
+    HostClock,
     require_root,
     resume_guest_by_monitor,
 )
 from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import out, print_json
+from hostupdate.clocks import Clocks
+from hostupdate.config import Config
 from hostupdate.core.keeper import KeeperRecord, read_record
+from hostupdate.engine.clocks import GuestClocks
 from hostupdate.engine.outcome import new_report
-from hostupdate.engine.recovery import Recovered, RecoveryHands, recover
+from hostupdate.engine.recovery import (
+    Recovered,
+    RecoveryHands,
+    RecoveryHypervisor,
+    recover,
+)
+from hostupdate.errors import DeadlineError, HypervisorError, InputError
 from hostupdate.guests import Hypervisor
+from hostupdate.guests.agent import Agents
+from hostupdate.guests.links import Links
 from hostupdate.host import processes
 from hostupdate.host.cgroups import Cgroups
 from hostupdate.journal import Journal
@@ -45,7 +58,8 @@ _THAW_NS = 1_000_000_000
 def command(settings: Settings) -> None:
     """Finish an interrupted run: every guest that it paused runs again.
 
-    Does nothing where no run was interrupted. Steps of the update that had run stay as they are.
+    Does nothing where no run was interrupted. Their clocks are set then. Steps of the
+    update that had run stay as they are.
     """
     require_root()
     journal = Journal(settings.state)
@@ -58,7 +72,8 @@ def command(settings: Settings) -> None:
             else:
                 out().print("nothing to resume: no run was interrupted")
             return
-        result = recover(record, _hands(record), record.libvirt_timeout_ns)
+        libvirt = _Libvirt(record.uri, record.libvirt_timeout_ns)
+        result = recover(record, _hands(record, libvirt), record.libvirt_timeout_ns)
         report = _report(journal, record, result)
         if report is not None:
             journal.save_report(report)
@@ -66,6 +81,9 @@ def command(settings: Settings) -> None:
             journal.arm(msgspec.structs.replace(record, guests=result.unfinished))
         else:
             journal.disarm()
+        if report is not None:
+            _correct_clocks(record, report, _config(settings, report), libvirt)
+            journal.save_report(report)
     finally:
         lock.release()
     if settings.json:
@@ -87,7 +105,54 @@ def _print(record: ArmedRecord, result: Recovered) -> None:
         out().print(f"run {record.run_id}: these guests run again: {escape(', '.join(running))}")
 
 
-def _hands(record: ArmedRecord) -> RecoveryHands:
+def _config(settings: Settings, report: Report) -> Config:
+    """The update may have broken the configuration: that must not keep clocks from being set."""
+    try:
+        return settings.load_config()
+    except InputError as error:
+        report.reasons.append(f"clocks are set by the default configuration: {error}")
+        return Config()
+
+
+class _Libvirt:
+    """The connection, opened when it is first needed."""
+
+    def __init__(self, uri: str, timeout_ns: int) -> None:
+        self._uri = uri
+        self._timeout_ns = timeout_ns
+        self._hypervisor: Hypervisor | None = None
+
+    def __call__(self) -> Hypervisor:
+        if self._hypervisor is None:
+            self._hypervisor = Hypervisor(self._uri, timeout_ns=self._timeout_ns)
+        return self._hypervisor
+
+
+@dataclass(frozen=True, slots=True)
+class _ClockHands:
+    core: HostClock
+    clocks: Clocks
+    links: Links
+
+
+def _correct_clocks(record: ArmedRecord, report: Report, config: Config, libvirt: _Libvirt) -> None:
+    """The guests run; now their clocks. What cannot be done is in the report."""
+    try:
+        hypervisor = libvirt()
+    except (HypervisorError, DeadlineError) as error:
+        report.reasons.append(f"guests' clocks are not verified: {error}")
+        return
+    hands = _ClockHands(HostClock(), Clocks(Agents(hypervisor), config.clock), Links(hypervisor))
+    guests = {guest.uuid: guest for guest in report.guests}
+    clocks = GuestClocks([guest.uuid for guest in record.guests], config, hands, guests)
+    clocks.recall(record)
+    report.reasons += [text for text, _wrong in clocks.correct()]
+    stepped = clocks.conclude_host()
+    report.reasons += [stepped] if stepped else []
+    report.host_clock = clocks.host
+
+
+def _hands(record: ArmedRecord, libvirt: _Libvirt) -> RecoveryHands:
     cgroups = Cgroups(Path(record.cgroup2)) if record.cgroup2 is not None else None
 
     def thaw(guest: ArmedGuest) -> None:
@@ -104,12 +169,17 @@ def _hands(record: ArmedRecord) -> RecoveryHands:
             return processes.is_stopped(guest.pid)
         return cgroups.stays_frozen(guest.home_cgroup or guest.cgroup or "/", _THAW_NS)
 
+    def connect(hypervisor: RecoveryHypervisor, guest: ArmedGuest) -> None:
+        assert isinstance(hypervisor, Hypervisor)
+        Links(hypervisor).set(guest.uuid, guest.links, "up")
+
     return RecoveryHands(
         thaw=thaw,
         is_frozen=is_frozen,
         boot_id=processes.boot_id(),
         restore_memory_min=cgroups.set_memory_min if cgroups is not None else lambda _: None,
-        hypervisor=lambda: Hypervisor(record.uri, timeout_ns=record.libvirt_timeout_ns),
+        hypervisor=libvirt,
+        connect=connect,
         is_alive=processes.is_same,
         resume_by_monitor=resume_guest_by_monitor,
     )

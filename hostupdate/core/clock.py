@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hostupdate.core._boundary import check, ffi, lib
 
-__all__ = ("Reading", "bracket")
+__all__ = ("Reading", "bracket", "synchronised")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,3 +36,8 @@ def bracket(reference_clock: int, clock: int, *, tries: int = 16) -> Reading:
         reading_ns=result.reading_ns,
         uncertainty_ns=result.uncertainty_ns,
     )
+
+
+def synchronised() -> bool:
+    """Whether something keeps the host's real time right, by the kernel's account (STA_UNSYNC)."""
+    return bool(check("hu_clock_synchronised", lib.hu_clock_synchronised()))

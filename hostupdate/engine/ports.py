@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from hostupdate.errors import HypervisorError
 from hostupdate.model import (
     Action,
     ArmedRecord,
@@ -16,6 +17,7 @@ from hostupdate.model import (
     Phase,
     Report,
 )
+from hostupdate.skew import Corrected, Skew, Wish
 
 
 class StampView(Protocol):
@@ -49,7 +51,17 @@ class KeeperPort(Protocol):
     def stop(self) -> None: ...
 
 
-class CorePort(Protocol):
+class HostClockPort(Protocol):
+    """The host's own clocks."""
+
+    def host_clock(self) -> tuple[int, int]:
+        """CLOCK_REALTIME minus CLOCK_MONOTONIC, and its uncertainty, in ns."""
+
+    def host_clock_synchronised(self) -> bool:
+        """Whether something keeps CLOCK_REALTIME right, by the kernel's account."""
+
+
+class CorePort(HostClockPort, Protocol):
     """The C core."""
 
     def open_guests(self, guests: Sequence[tuple[str, int, str | None]]) -> PausedSet:
@@ -57,8 +69,6 @@ class CorePort(Protocol):
 
     def start_keeper(self, guests: PausedSet, ram_fds: Sequence[int]) -> KeeperPort: ...
     def close(self) -> None: ...
-    def host_clock(self) -> tuple[int, int]:
-        """CLOCK_REALTIME minus CLOCK_MONOTONIC, and its uncertainty, in ns."""
 
 
 class RamView(Protocol):
@@ -92,6 +102,24 @@ class HypervisorPort(Protocol):
         self, guests: Sequence[tuple[str, str]], timeout_ns: int
     ) -> Mapping[str, int | Exception]: ...
     def state(self, uuid: str, timeout_ns: int | None = None) -> GuestState: ...
+
+
+class ClocksPort(Protocol):
+    """Guests' clocks. ``offset_ns`` is the host's CLOCK_REALTIME minus CLOCK_MONOTONIC."""
+
+    def measure(
+        self, uuids: Sequence[str], offset_ns: int
+    ) -> Mapping[str, Skew | HypervisorError]: ...
+    def correct(
+        self, wishes: Sequence[Wish], offset_ns: int, deadline_ns: int
+    ) -> Mapping[str, Corrected]: ...
+
+
+class LinksPort(Protocol):
+    """Guests' network links, by MAC address."""
+
+    def up(self, uuid: str) -> tuple[str, ...]: ...
+    def set(self, uuid: str, macs: Sequence[str], state: str) -> None: ...
 
 
 class CgroupsPort(Protocol):
@@ -162,6 +190,8 @@ class Hands:
     """
 
     hypervisor: HypervisorPort
+    clocks: ClocksPort
+    links: LinksPort
     cgroups: CgroupsPort | None
     core: CorePort
     ram: RamPort

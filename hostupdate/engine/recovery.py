@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from hostupdate.errors import HostUpdateError
+from hostupdate.errors import HostUpdateError, HypervisorError
 from hostupdate.model import ArmedGuest, ArmedRecord, GuestState, PauseMethod
 
 
@@ -28,13 +28,15 @@ class RecoveryHypervisor(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryHands:
     """``thaw(guest)`` lets its threads run and puts its process, if it lives, where it was;
-    ``is_frozen`` looks whether they do; ``hypervisor`` opens libvirt, or raises; ``is_alive`` and
-    ``resume_by_monitor`` are as in the engine's hands; ``boot_id`` names this boot."""
+    ``is_frozen`` looks whether they do; ``hypervisor`` opens libvirt, or raises; ``connect`` brings
+    a guest's network links up again; ``is_alive`` and ``resume_by_monitor`` are as in the engine's
+    hands; ``boot_id`` names this boot."""
 
     thaw: Callable[[ArmedGuest], None]
     is_frozen: Callable[[ArmedGuest], bool]
     restore_memory_min: Callable[[dict[str, str]], None]
     hypervisor: Callable[[], RecoveryHypervisor]
+    connect: Callable[[RecoveryHypervisor, ArmedGuest], None]
     is_alive: Callable[[int, int], bool]
     resume_by_monitor: Callable[[int, int], None]
     boot_id: str
@@ -74,8 +76,18 @@ def recover(record: ArmedRecord, hands: RecoveryHands, timeout_ns: int) -> Recov
         hands.restore_memory_min(record.memory_min)
     except OSError as error:
         warnings.append(f"memory.min cannot be put back: {error}")
+    held = [guest for guest in alive if guest.links]
+    hypervisor: RecoveryHypervisor | None = None
+    away = ""
+    if record.method is PauseMethod.STOP or held:
+        try:
+            hypervisor = hands.hypervisor()
+        except HostUpdateError as error:
+            away = str(error)
+    unresumed: dict[str, str] = {}
     if record.method is PauseMethod.STOP:
-        problems = _resume(alive, hands, timeout_ns) | problems
+        unresumed = _resume(alive, hypervisor, away, hands, timeout_ns)
+    problems = _connect(held, hypervisor, away, hands) | unresumed | problems
     return Recovered(
         problems=problems,
         unfinished=tuple(guest for guest in alive if guest.name in problems),
@@ -83,10 +95,34 @@ def recover(record: ArmedRecord, hands: RecoveryHands, timeout_ns: int) -> Recov
     )
 
 
-def _resume(guests: list[ArmedGuest], hands: RecoveryHands, timeout_ns: int) -> dict[str, str]:
+def _connect(
+    guests: list[ArmedGuest],
+    hypervisor: RecoveryHypervisor | None,
+    away: str,
+    hands: RecoveryHands,
+) -> dict[str, str]:
+    problems = {}
+    for guest in guests:
+        try:
+            if hypervisor is None:
+                raise HypervisorError(away)
+            hands.connect(hypervisor, guest)
+        except HostUpdateError as error:
+            problems[guest.name] = f"its network links may be down: {error}"
+    return problems
+
+
+def _resume(
+    guests: list[ArmedGuest],
+    hypervisor: RecoveryHypervisor | None,
+    away: str,
+    hands: RecoveryHands,
+    timeout_ns: int,
+) -> dict[str, str]:
     failures: dict[str, str] = {}
     try:
-        hypervisor = hands.hypervisor()
+        if hypervisor is None:
+            raise HypervisorError(away)
         states = {guest.uuid: hypervisor.state(guest.uuid, timeout_ns) for guest in guests}
         paused = [guest for guest in guests if states[guest.uuid] is GuestState.PAUSED]
         hypervisor.prepare([guest.uuid for guest in paused])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from hostupdate.config import Config
+from hostupdate.engine.clocks import GuestClocks
 from hostupdate.engine.outcome import Outcomes, new_report
 from hostupdate.engine.pause import Pause
 from hostupdate.engine.ports import Hands
@@ -19,7 +20,6 @@ from hostupdate.model import (
     ArmedGuest,
     ArmedRecord,
     GuestState,
-    HostClockReport,
     Phase,
     PhaseReport,
     Plan,
@@ -46,6 +46,8 @@ class Run:
         guests = {guest.uuid: guest for guest in self._report.guests}
         self._pause = Pause(plan, config, hands, guests)
         self._residency = Residency(plan, hands, guests)
+        self._clocks = GuestClocks([g.uuid for g in plan.paused], config, hands, guests)
+        self._report.host_clock = self._clocks.host
         self._outcomes = Outcomes(plan, hands, self._pause, self._report)
         self._undo: list[tuple[Action, Callable[[], None]]] = []
         self._memory_min: dict[str, tuple[str, str]] = {}
@@ -53,11 +55,13 @@ class Run:
         self._committed = False
         self._doing: dict[str, Callable[[Action], None]] = {
             "step": self._step,
+            "clocks-before": lambda _: self._clocks.measure(),
             "record": self._record,
             "measure": lambda _: self._residency.measure(),
             "isolate": self._isolate,
             "protect": self._protect,
             "keeper": self._keep,
+            "links-down": self._disconnect,
             "arm": self._arm,
             "stop": self._pause.stop,
             "freeze": self._pause.freeze,
@@ -66,6 +70,8 @@ class Run:
             "recheck": self._recheck,
             "thaw": self._pause.thaw,
             "resume": self._pause.resume,
+            "clocks": self._correct,
+            "links-up": lambda _: self._clocks.connect(),
             "disarm": self._pause.disarm,
             "release": self._release,
             "verify": self._verify,
@@ -78,7 +84,6 @@ class Run:
         Raises nothing that went wrong in the run: the report's outcome, exit code and reasons say
         it. Every guest that was paused runs when this returns, or is named in the reasons.
         """
-        self._attempt("host clock", self._clock_before)
         self._attempt("versions", self._versions_before)
         try:
             for action in self._plan.actions:
@@ -93,7 +98,7 @@ class Run:
         self._end_phase()
         self._telling.release()
         self._attempt("ending steps", self._hands.steps.reap)
-        self._attempt("host clock", self._clock_after)
+        self._attempt("host clock", self._conclude_host)
         self._attempt("versions", self._versions_after)
         self._attempt("output of steps", self._outcomes.collect_steps)
         self._outcomes.conclude(self._committed)
@@ -209,6 +214,8 @@ class Run:
                     started=place.started,
                     cgroup=own or home,
                     home_cgroup=home if own else None,
+                    links=self._clocks.links(guest.uuid),
+                    skew_ns=self._clocks.skew_ns(guest.uuid),
                 )
             )
         if cgroups is not None and wanted:
@@ -225,6 +232,7 @@ class Run:
                 libvirt_timeout_ns=self._config.deadlines.recovery_libvirt_ns,
                 cgroup2=str(cgroups.mount) if cgroups is not None else None,
                 memory_min={cgroup: old for cgroup, (old, _) in self._memory_min.items()},
+                host_offset_ns=self._clocks.host.before_ns,
                 guests=tuple(armed),
             )
         )
@@ -292,6 +300,22 @@ class Run:
         if self._pause.alarmed():
             self._residency.disown("the keeper had let the guests run before the second digest")
 
+    def _disconnect(self, action: Action) -> None:
+        self._undo.append((action, self._clocks.connect))
+        self._clocks.disconnect()
+
+    def _correct(self, _action: Action) -> None:
+        # With links held, the keeper is armed until they are up again.
+        held = self._config.clock.hold_network
+        self._correct_clocks(self._pause.deadline_ns if held else None)
+
+    def _correct_clocks(self, limit_ns: int | None = None) -> None:
+        for text, wrong in self._clocks.correct(limit_ns, skip=self._pause.problems()):
+            if wrong or self._config.clock.require:
+                self._outcomes.degrade(text)
+            else:
+                self._report.reasons.append(text)
+
     def _arm(self, action: Action) -> None:
         self._undo.append((action, self._pause.disarm))
         self._pause.arm(action)
@@ -321,6 +345,8 @@ class Run:
     def _fail(self, error: BaseException) -> None:
         self._report.reasons.append(_words(error))
         self._attempt("letting guests run", self._pause.let_run)
+        if self._pause.began:
+            self._attempt("setting clocks", self._correct_clocks)
         self._end_phase()
         gc.enable()
         self._telling.release()
@@ -355,18 +381,9 @@ class Run:
     def _versions_after(self) -> None:
         self._report.versions.after = self._hands.versions()
 
-    def _clock_before(self) -> None:
-        offset_ns, uncertainty_ns = self._hands.core.host_clock()
-        self._report.host_clock = HostClockReport(
-            before_ns=offset_ns, uncertainty_ns=uncertainty_ns
-        )
-
-    def _clock_after(self) -> None:
-        offset_ns, uncertainty_ns = self._hands.core.host_clock()
-        clock = self._report.host_clock
-        if clock is not None:
-            clock.after_ns = offset_ns
-            clock.uncertainty_ns += uncertainty_ns
+    def _conclude_host(self) -> None:
+        if stepped := self._clocks.conclude_host():
+            self._outcomes.degrade(stepped)
 
 
 def _words(error: BaseException) -> str:

@@ -218,6 +218,12 @@ class Hypervisor:
         """Runs ``run`` with the connection on a thread of its own, within a deadline."""
         return self._call(what, lambda: run(self._connection), timeout_ns)
 
+    def revive(self) -> None:
+        """Opens the connection again where its daemon has gone. HypervisorError, DeadlineError:
+        it is still away."""
+        if not self._embedded and self._connection.isAlive() != 1:
+            self._reopen(None)
+
     def _reopen(self, timeout_ns: int | None) -> None:
         """The daemon may have been what was updated: a connection outlives it only in name."""
         if self._embedded or self._connection is None or self._connection.isAlive() == 1:

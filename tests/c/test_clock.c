@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/* WRAP: clock_gettime */
+/* WRAP: clock_gettime adjtimex */
+#include <sys/timex.h>
+
 #include "test.h"
 
 static bool backwards; /* the reference is set back between each two readings */
@@ -18,6 +20,30 @@ int __wrap_clock_gettime(clockid_t clock, struct timespec *now)
 		return __real_clock_gettime(clock, now);
 	*now = (struct timespec){ .tv_sec = second-- };
 	return 0;
+}
+
+static int status; /* what adjtimex says */
+
+int __wrap_adjtimex(struct timex *state);
+static struct injection inject_adjtimex;
+
+int __wrap_adjtimex(struct timex *state)
+{
+	if (injected(&inject_adjtimex))
+		return -1;
+	CHECK_INT(state->modes, 0);
+	state->status = status;
+	return TIME_OK;
+}
+
+static void tells_whether_the_clock_is_synchronised(void)
+{
+	status = STA_PLL | STA_UNSYNC;
+	CHECK_INT(hu_clock_synchronised(), 0);
+	status = STA_PLL | STA_INS;
+	CHECK_INT(hu_clock_synchronised(), 1);
+	INJECT(adjtimex, EPERM, 0);
+	CHECK_INT(hu_clock_synchronised(), -EPERM);
 }
 
 static void brackets_the_same_clock(void)
@@ -83,5 +109,6 @@ int main(void)
 	more_tries_are_no_worse();
 	refuses_nonsense();
 	passes_errors_on();
+	tells_whether_the_clock_is_synchronised();
 	return 0;
 }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 
 from hostupdate.host.cgroups import find_cgroup2
 from tests.functional.cli import Lab, Program, keepers, pids_naming
+from tests.functional.owner import act
 from tests.requirements import need
 
 GUESTS = 2
@@ -89,11 +88,6 @@ def write_manifest(tmp_path: Path) -> Callable[..., Path]:
 def suspended(running_lab: Lab) -> Iterator[str]:
     """The last guest, paused by its owner for the time of a test."""
     name = running_lab.names[-1]
-
-    def act(verb: str) -> None:
-        argv = [sys.executable, "-m", "tests.functional.owner"]
-        subprocess.run([*argv, str(running_lab.run.state), verb, name], check=True, timeout=60)
-
-    act("suspend")
+    act(running_lab.run.state, "suspend", name)
     yield name
-    act("resume")
+    act(running_lab.run.state, "resume", name)

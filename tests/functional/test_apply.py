@@ -54,8 +54,8 @@ def test_an_update_is_made_while_guests_are_paused(
         assert residency["protection"] in ("locked", "memory.min")
         assert residency["digest_equal"] is True, residency["digest_reason"]
         assert residency["digest_pages"] > 0
-        # Clocks are not measured yet, and must not look as if they were.
-        assert set(guest["clock"].values()) == {None}
+        assert guest["clock"]["problem"] == ""
+        assert None not in guest["clock"].values()
     assert [step["exit"] for step in report["steps"]] == [0, 0, 0]
     assert 0 <= report["spread_ns"] <= report["stop_all_ns"]
 

@@ -96,6 +96,9 @@ def test_killed_in_the_blackout(
     assert record.recovery is not None and record.recovery.status == 0
     status = lab.run("status", "--json").data
     assert status["interrupted"] is None
+    for guest in status["last"]["guests"]:
+        assert guest["clock"]["problem"] == ""
+        assert abs(guest["clock"]["after_ns"] - guest["clock"]["before_ns"]) < 50_000_000
     assert status["last"]["exit_code"] == 40
     assert {guest["state"] for guest in lab.run("guests", "--json").data["guests"]} == {"running"}
     lab.assert_healthy()

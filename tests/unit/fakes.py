@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hostupdate.durations import SECOND
 from hostupdate.engine import Hands
 from hostupdate.errors import CoreError, GuestError, HypervisorError
 from hostupdate.guestpolicy import GuestPolicy
@@ -20,6 +22,7 @@ from hostupdate.model import (
     Phase,
     Report,
 )
+from hostupdate.skew import Corrected, Skew, Way, Wish
 
 
 def located(
@@ -97,6 +100,12 @@ class World:
     keeper_dies: bool = False
     signal: str | None = None
     changed: Sequence[LocatedGuest] | None = None  #: what a second look at the guests finds
+    host_offset_ns: int = 7
+    synchronised: bool = True
+    skews: dict[str, Skew | HypervisorError] = field(default_factory=dict)  #: by uuid
+    corrected: dict[str, Corrected] = field(default_factory=dict)  #: by uuid
+    wishes: list[Wish] = field(default_factory=list)
+    unplugged: set[str] = field(default_factory=set)
     armed: ArmedRecord | None = None
     saved: Report | None = None
 
@@ -184,7 +193,30 @@ class FakeHands:
         pass
 
     def host_clock(self) -> tuple[int, int]:
-        return 7, 1
+        return self.world.host_offset_ns, 1
+
+    def host_clock_synchronised(self) -> bool:
+        return self.world.synchronised
+
+    # clocks
+    def correct(
+        self, wishes: Sequence[Wish], offset_ns: int, deadline_ns: int
+    ) -> dict[str, Corrected]:
+        self.world.note("clocks")
+        self.world.wishes = list(wishes)
+        assert deadline_ns - time.monotonic_ns() <= 10 * SECOND
+        found = Skew(skew_ns=-5 * SECOND, uncertainty_ns=1000)
+        right = Corrected(found=found, now=Skew(skew_ns=500, uncertainty_ns=1000), way=Way.SET_TIME)
+        return {wish.uuid: self.world.corrected.get(wish.uuid, right) for wish in wishes}
+
+    # links
+    def up(self, uuid: str) -> tuple[str, ...]:
+        return ("52:54:00:00:00:01",)
+
+    def set(self, uuid: str, macs: Sequence[str], state: str) -> None:
+        self.world.note(f"link {uuid} {state}")
+        assert macs == ("52:54:00:00:00:01",)
+        (self.world.unplugged.add if state == "down" else self.world.unplugged.discard)(uuid)
 
     # memory
     def measure(self, pid: int) -> Sizes:
@@ -304,6 +336,19 @@ class FakeHands:
         return self.world.signal
 
 
+class FakeClocks:
+    """Beside the others: memory is measured too."""
+
+    def __init__(self, fake: FakeHands) -> None:
+        self._fake = fake
+        self.correct = fake.correct
+
+    def measure(self, uuids: Sequence[str], offset_ns: int) -> dict[str, Skew | HypervisorError]:
+        self._fake.world.note("clocks-before")
+        right = Skew(skew_ns=200, uncertainty_ns=1000)
+        return {uuid: self._fake.world.skews.get(uuid, right) for uuid in uuids}
+
+
 def hands_of(fake: FakeHands, guests: Sequence[LocatedGuest], *, cgroups: bool = True) -> Hands:
     """The fake in every port."""
     return Hands(
@@ -311,6 +356,8 @@ def hands_of(fake: FakeHands, guests: Sequence[LocatedGuest], *, cgroups: bool =
         cgroups=fake if cgroups else None,
         core=fake,
         ram=fake,
+        clocks=FakeClocks(fake),
+        links=fake,
         steps=fake,
         journal=fake,
         progress=fake,

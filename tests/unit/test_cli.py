@@ -247,6 +247,7 @@ EXAMPLES: dict[str, tuple[errors.HostUpdateError, ExitCode]] = {
     "StepError": (errors.StepError("s", "it"), ExitCode.ERROR),
     "Interrupted": (errors.Interrupted("it"), ExitCode.ERROR),
     "StopError": (errors.StopError("it", "hangs", late=("u",)), ExitCode.REFUSED),
+    "AgentError": (errors.AgentError("it does not answer"), ExitCode.ERROR),
     "LabError": (errors.LabError("it", remedy="mend"), ExitCode.ERROR),
 }
 

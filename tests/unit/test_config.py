@@ -7,7 +7,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hostupdate.config import Budget, Config, Deadlines, Paths, Pause, Residency, decode_config
+from hostupdate.config import (
+    Budget,
+    Clock,
+    Config,
+    Deadlines,
+    Paths,
+    Pause,
+    Residency,
+    decode_config,
+)
 from hostupdate.errors import InputError
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -29,6 +38,15 @@ def test_the_defaults() -> None:
                 keeper_grace_ns=2_000_000_000,
             ),
             residency=Residency(verify_ram="sample", lock=True),
+            clock=Clock(
+                tolerance_ns=1_000_000,
+                correct="all",
+                require=False,
+                trust_host=False,
+                hold_network=False,
+                guest_exec=False,
+                timeout_ns=10_000_000_000,
+            ),
             paths=Paths(cgroup2=""),
         )
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 
-from hostupdate.config import Config
+from hostupdate.config import decode_config
+from hostupdate.durations import SECOND
 from hostupdate.engine import Run
-from hostupdate.errors import CoreError, GuestError, HypervisorError, StopError
+from hostupdate.errors import AgentError, CoreError, GuestError, HypervisorError, StopError
 from hostupdate.model import ExitCode, GuestState, LocatedGuest, Outcome, Phase, Report
+from hostupdate.skew import Corrected, Skew, Way
 from tests.unit.fakes import FakeHands, Result, World, hands_of, located
 from tests.unit.test_plan import manifest, plan, step
 
@@ -37,11 +40,22 @@ THREE = (
 
 
 def run(
-    fake: FakeHands, *steps: str, guests: tuple[LocatedGuest, ...] = (), method: str = "freeze"
+    fake: FakeHands,
+    *steps: str,
+    guests: tuple[LocatedGuest, ...] = (),
+    method: str = "freeze",
+    config: str = "",
 ) -> Report:
     guests = guests or (located("a"), located("b"))
-    made = plan(manifest("", *(steps or THREE)), *guests, method=method)
-    return Run("run", made, Config(), hands_of(fake, guests), "qemu:///test").execute()
+    settings = decode_config([("c", config.encode())])
+    made = plan(
+        manifest("", *(steps or THREE)),
+        *guests,
+        method=method,
+        config=settings,
+        synchronised=fake.world.synchronised,
+    )
+    return Run("run", made, settings, hands_of(fake, guests), "qemu:///test").execute()
 
 
 def actions(world: World) -> list[str]:
@@ -53,8 +67,8 @@ def test_a_run_that_works(world: World, fake: FakeHands) -> None:
     report = run(fake)
     assert (report.outcome, report.exit_code, report.reasons) == (Outcome.OK, ExitCode.OK, [])
     assert world.log == [
-        "run download", "record", "keeper", "arm", "freeze", "run one", "run two", "thaw",
-        "disarm", "keeper-end", "run tidy",
+        "run download", "clocks-before", "record", "keeper", "arm", "freeze", "run one", "run two",
+        "thaw", "disarm", "clocks", "keeper-end", "run tidy",
     ]  # fmt: skip
     assert world.armed is None
     assert world.saved is report
@@ -101,7 +115,7 @@ def test_a_failing_step_resumes_guests_first_and_undoes_in_reverse(
     assert (report.outcome, report.exit_code) == (Outcome.FAILED, ExitCode.FAILED)
     after = world.log[world.log.index("run two") + 1 :]
     back = ["thaw", "disarm", "resume"] if method == "stop" else ["thaw", "disarm"]
-    assert after == [*back, "undo two", "undo one", "keeper-end", "undo download"]
+    assert after == [*back, "clocks", "undo two", "undo one", "keeper-end", "undo download"]
     assert "step 'two': ended with exit status 3" in report.reasons
     assert [(s.name, s.undone) for s in report.steps] == [
         ("download", True), ("one", True), ("two", True),
@@ -204,6 +218,7 @@ def test_a_guest_that_neither_way_resumes_needs_a_human(world: World, fake: Fake
     report = run(fake, method="stop")
     assert report.exit_code == ExitCode.GUEST_LOST
     assert any("by its monitor: taken" in reason for reason in report.reasons)
+    assert world.wishes == [], "the agent of a paused guest was waited for"
 
 
 def test_a_guest_that_does_not_stop_is_named(world: World, fake: FakeHands) -> None:
@@ -382,3 +397,108 @@ def test_a_living_guest_that_was_not_seen_to_thaw_keeps_the_record(
     report = run(fake)
     assert report.exit_code == ExitCode.GUEST_LOST
     assert world.armed is not None, "`hostupdate resume` has something to do"
+
+
+def test_clocks_are_measured_before_and_set_first_thing_after(
+    world: World, fake: FakeHands
+) -> None:
+    report = run(fake, method="stop")
+    after = world.log.index("resume") + 1
+    assert world.log[after : after + 2] == ["disarm", "clocks"]
+    assert world.log.index("clocks-before") < world.log.index("stop")
+    for guest in report.guests:
+        clock = guest.clock
+        assert (clock.before_ns, clock.resumed_ns, clock.after_ns) == (200, -5 * SECOND, 500)
+        assert (clock.uncertainty_ns, clock.method, clock.problem) == (1000, "guest-set-time", "")
+    assert [(w.target_ns, w.answered) for w in world.wishes] == [(0, True)] * 2
+
+
+def test_a_guest_that_was_wrong_before_is_told_apart(world: World, fake: FakeHands) -> None:
+    world.skews["uuid-a"] = Skew(skew_ns=-86_400 * SECOND, uncertainty_ns=1000)
+    report = run(fake)
+    assert report.exit_code == ExitCode.OK
+    assert "24 h off before the pause; it was set to the host's time" in report.guests[0].notes[0]
+    run(fake, config='[clock]\ncorrect = "ours"')
+    assert [wish.target_ns for wish in world.wishes] == [-86_400 * SECOND, 200]
+
+
+def test_a_host_clock_that_is_not_synchronised_sets_no_guest(world: World, fake: FakeHands) -> None:
+    world.synchronised = False
+    report = run(fake)
+    assert report.exit_code == ExitCode.OK
+    assert any("nothing synchronises" in reason for reason in report.reasons)
+    assert [wish.target_ns for wish in world.wishes] == [200, 200]
+    run(fake, config="[clock]\ntrust-host = true")
+    assert [wish.target_ns for wish in world.wishes] == [0, 0]
+
+
+def test_a_host_clock_that_is_stepped_in_the_run_sets_no_guest(
+    world: World, fake: FakeHands
+) -> None:
+    world.on["run one"] = lambda: setattr(world, "host_offset_ns", 7 + SECOND)
+    report = run(fake)
+    assert report.exit_code == ExitCode.DEGRADED
+    assert "the host's clock was stepped by 1 s during the run" in report.reasons[0]
+    assert [wish.target_ns for wish in world.wishes] == [200, 200]
+
+
+@pytest.mark.parametrize("require", [False, True])
+def test_a_guest_without_an_agent_is_not_verified(
+    world: World, fake: FakeHands, require: bool
+) -> None:
+    world.skews["uuid-a"] = AgentError("it has no guest agent", missing=True)
+    world.corrected["uuid-a"] = Corrected(problem="it has no guest agent", remedy="give it one")
+    report = run(fake, config=f"[clock]\nrequire = {str(require).lower()}")
+    assert report.exit_code == (ExitCode.DEGRADED if require else ExitCode.OK)
+    text = "guest a: its clock is not verified: it has no guest agent; give it one"
+    assert report.reasons == [text]
+    assert set(msgspec.structs.astuple(report.guests[0].clock)) == {None, "it has no guest agent"}
+    assert world.wishes[0].answered is False
+
+
+def test_a_clock_that_stays_wrong_degrades_the_run(world: World, fake: FakeHands) -> None:
+    wrong = Skew(skew_ns=SECOND, uncertainty_ns=1000)
+    world.corrected["uuid-b"] = Corrected(found=wrong, now=wrong, way=Way.NONE, problem="1 s off")
+    report = run(fake)
+    assert report.exit_code == ExitCode.DEGRADED
+    assert report.reasons == ["guest b: its clock is wrong: 1 s off"]
+    assert report.guests[1].clock.after_ns == SECOND
+
+
+HELD = "[clock]\nhold-network = true"
+
+
+def test_links_are_down_until_the_clock_is_right(world: World, fake: FakeHands) -> None:
+    report = run(fake, method="stop", config=HELD)
+    order = [e for e in world.log if e.startswith("link") or e in ("arm", "clocks", "disarm")]
+    assert order == [
+        "link uuid-a down", "link uuid-b down", "arm",
+        "clocks", "link uuid-a up", "link uuid-b up", "disarm",
+    ]  # fmt: skip
+    assert report.exit_code == ExitCode.OK
+    assert not world.unplugged
+
+
+def test_recovery_knows_the_links_before_they_go_down(world: World, fake: FakeHands) -> None:
+    seen = []
+    world.on["link uuid-a down"] = lambda: seen.append(world.armed)
+    run(fake, config=HELD)
+    assert [guest.links for guest in seen[0].guests] == [("52:54:00:00:00:01",)] * 2
+
+
+@pytest.mark.parametrize("entry", ["link uuid-b down", "arm", "freeze", "run one", "clocks"])
+def test_links_come_up_whatever_fails(world: World, fake: FakeHands, entry: str) -> None:
+    world.fail[entry] = CoreError("hu_something", 110)
+    report = run(fake, config=HELD)
+    assert report.exit_code == ExitCode.FAILED
+    assert not world.unplugged
+
+
+def test_a_link_that_stays_down_fails_the_run_and_names_the_command(
+    world: World, fake: FakeHands
+) -> None:
+    world.fail["link uuid-a up"] = HypervisorError("no")
+    report = run(fake, config=HELD)
+    assert report.exit_code == ExitCode.FAILED
+    assert any("guest a: its network link stays down: no" in text for text in report.reasons)
+    assert "link uuid-b up" in world.log

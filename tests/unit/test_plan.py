@@ -20,6 +20,7 @@ from hostupdate.model import (
     Protection,
 )
 from hostupdate.plan import make_plan
+from hostupdate.skew import Watchdog
 from tests.unit.fakes import located
 
 STEP = '[[step]]\nname = "{name}"\nphase = "{phase}"\nrun = ["true"]\n'
@@ -44,6 +45,8 @@ def plan(
     method: str = "auto",
     max_impact: Impact | None = None,
     budget_ns: int | None = None,
+    synchronised: bool = True,
+    watchdogs: dict[str, Watchdog] | None = None,
 ) -> Plan:
     return make_plan(
         what,
@@ -54,6 +57,8 @@ def plan(
         method=method,
         max_impact=max_impact,
         budget_ns=budget_ns,
+        synchronised=synchronised,
+        watchdogs=watchdogs,
     )
 
 
@@ -84,9 +89,9 @@ def test_the_actions_of_a_freeze_in_their_order() -> None:
         method="freeze",
     )
     assert kinds(made) == [
-        "step", "record", "measure", "keeper", "recheck",
+        "step", "clocks-before", "record", "measure", "keeper", "recheck",
         "arm", "freeze", "digest", "step", "compare", "thaw", "disarm",
-        "release", "verify", "step",
+        "clocks", "release", "verify", "step",
     ]  # fmt: skip
     assert [a.step for a in made.actions if a.kind == "step"] == ["x", "y", "z"]
     phases = [action.phase for action in made.actions]
@@ -222,3 +227,42 @@ def test_a_shared_cgroup_is_left_for_one_of_its_own() -> None:
 def test_a_long_freeze_that_was_asked_for_warns_of_lockups() -> None:
     made = plan(manifest("", step(timeout='"25s"')), method="freeze")
     assert any("soft lockup" in text for text in made.warnings)
+
+
+def test_a_guest_without_a_pvclock_is_warned_of_where_the_blackout_may_be_too_long() -> None:
+    dogs = {
+        "uuid-a": Watchdog(threshold_ns=4 * SECOND, pvclock=False),
+        "uuid-b": Watchdog(threshold_ns=4 * SECOND, pvclock=True),
+    }
+    long = plan(manifest("", step(timeout='"5s"')), method="stop", watchdogs=dogs)
+    (warning,) = [text for text in long.warnings if "soft lockup" in text]
+    assert warning.startswith("guest a has no pvclock: paused for longer than 4 s")
+    short = plan(manifest("", step(timeout='"2s"')), method="stop", watchdogs=dogs)
+    assert not any("soft lockup" in text for text in short.warnings)
+
+
+@pytest.mark.parametrize(
+    ("clock", "synchronised", "title"),
+    [
+        ("", True, "set the clocks of a, b to the host's time"),
+        ("", False, "give the clocks of a, b back what the pause took"),
+        ("trust-host = true", False, "set the clocks of a, b to the host's time"),
+        ('correct = "ours"', True, "give the clocks of a, b back what the pause took"),
+        ('correct = "off"', True, "measure the clocks of a, b again"),
+    ],
+)
+def test_the_plan_says_what_becomes_of_clocks(clock: str, synchronised: bool, title: str) -> None:
+    config = decode_config([("c", f"[clock]\n{clock}".encode())])
+    made = plan(manifest("", step()), config=config, synchronised=synchronised)
+    assert [action.title for action in made.actions if action.kind == "clocks"] == [title]
+    unsure = any("nothing synchronises" in text for text in made.warnings)
+    assert unsure == (not synchronised and not config.clock.trust_host)
+
+
+def test_links_are_held_only_if_asked() -> None:
+    assert "links-down" not in kinds(plan(manifest("", step())))
+    held = decode_config([("c", b"[clock]\nhold-network = true")])
+    order = kinds(plan(manifest("", step()), config=held, method="stop"))
+    assert order.index("record") < order.index("links-down") < order.index("arm")
+    after = order.index("resume") + 1
+    assert order[after : after + 3] == ["clocks", "links-up", "disarm"]

@@ -113,6 +113,7 @@ class Host:
             boot_id="boot",
             restore_memory_min=self.restore_memory_min,
             hypervisor=self.open,
+            connect=lambda hypervisor, guest: self.log.append(f"connect {guest.name}"),
             is_alive=lambda pid, started: pid not in self.dead and started == 1,
             resume_by_monitor=self.by_monitor,
         )
