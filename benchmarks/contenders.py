@@ -58,6 +58,11 @@ class Guests:
             for pid, home, uuid in moved:
                 self.cgroups.restore(pid, self.cgroups.own(uuid), home)
 
+    def directory(self, uuid: str) -> Path:
+        """The cgroup directory of a guest that is isolated now."""
+        own = self.cgroups.directory(self.cgroups.own(uuid))
+        return own if own.exists() else self.cgroups.directory(dict(self.places)[uuid].cgroup or "")
+
     def remove(self) -> None:
         """Removes the guests, from here: a process lets go of the embedded driver only at its
         end."""

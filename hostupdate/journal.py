@@ -126,6 +126,13 @@ class Journal:
     def _make(self, directory: Path) -> None:
         try:
             self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = self.state.stat()
+            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+                raise PrerequisiteError(
+                    f"state directory {self.state} can be written by others, who could have "
+                    "anything run as root",
+                    remedy=f"chown root {self.state}; chmod go-w {self.state}; or choose another",
+                )
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise PrerequisiteError(

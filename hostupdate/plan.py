@@ -126,6 +126,11 @@ def make_plan(
         warnings=(
             *_warnings(planned, chosen, predicted_ns, watchdogs or {}),
             *([_UNSYNCHRONISED] if pauses and not trusted else []),
+            *(
+                f"guest {located.guest.name} wants to approve updates: this version does not ask"
+                for located in guests
+                if pauses and located.guest.policy.needs_approval
+            ),
         ),
     )
 

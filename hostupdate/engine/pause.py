@@ -243,7 +243,7 @@ class Pause:
             if self._keeper.disarm():
                 self.keeper_problem = "the budget was over: the keeper let the guests run"
         except CoreError as error:
-            self.keeper_problem = f"the keeper died during the blackout: {error}"
+            self.keeper_problem = f"the keeper did not answer at the end of the blackout: {error}"
 
     def release(self, _action: Action | None = None) -> None:
         """Ends the keeper and closes the guests' files. Safe to repeat."""

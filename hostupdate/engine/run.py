@@ -184,6 +184,8 @@ class Run:
         )  # fmt: skip
         if result.problem:
             self._check_interrupted()
+            if signal := self._hands.interrupts.pending():
+                report.problem += f" by {signal}"
             if paused and self._pause.alarmed():
                 report.problem += ": the budget is over, the keeper has let the guests run"
             raise StepError(action.step, report.problem)

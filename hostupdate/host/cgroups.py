@@ -17,8 +17,7 @@ OURS = "hostupdate"
 def find_cgroup2(configured: str = "") -> Path | None:
     """Mount point of the cgroup v2 tree, or None where there is none.
 
-    ``configured`` overrides the search; "none" acts as if the host had no cgroup v2. A mount that
-    cannot freeze (Linux before 5.2, commit 76f969e8948d) counts as none.
+    ``configured`` overrides the search; "none" acts as if the host had no cgroup v2.
     """
     if configured == "none":
         return None

@@ -306,3 +306,12 @@ def test_a_state_directory_that_cannot_be_made_is_an_error_with_a_remedy(
     with pytest.raises(PrerequisiteError, match="cannot be used: Not a directory") as error:
         journal.lock("r") if use == "lock" else journal.new_run()
     assert "--state" in error.value.remedy
+
+
+def test_a_state_directory_that_others_can_write_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(0o777)
+    with pytest.raises(PrerequisiteError, match="can be written by others"):
+        Journal(state).new_run()
+    assert list(state.iterdir()) == []

@@ -266,3 +266,8 @@ def test_links_are_held_only_if_asked() -> None:
     assert order.index("record") < order.index("links-down") < order.index("arm")
     after = order.index("resume") + 1
     assert order[after : after + 3] == ["clocks", "links-up", "disarm"]
+
+
+def test_a_guest_that_wants_to_approve_is_not_asked_and_that_is_said() -> None:
+    made = plan(manifest("", step()), located("a", policy=GuestPolicy(needs_approval=True)))
+    assert any("guest a wants to approve" in text for text in made.warnings)
