@@ -77,6 +77,7 @@ class Hypervisor:
         self._embedded = root is not None
         self._workers: dict[str, Worker] = {}
         self._domains: dict[str, Any] = {}
+        self._guest_connections: list[Any] = []
         _start_event_loop()
         self._connection: Any = None
         self._open(f"open {uri}", timeout_ns)
@@ -88,9 +89,17 @@ class Hypervisor:
         self._workers.clear()
         self._domains.clear()
         connection, self._connection = self._connection, None
-        if connection is not None:
+        deadline_ns = time.monotonic_ns() + self._timeout_ns
+        closing = []
+        for each in [connection, *self._guest_connections]:
+            if each is not None:  # one that hangs holds up none of the others
+                worker = Worker("close")
+                closing.append(worker.submit("close", each.close))
+                worker.close()
+        self._guest_connections.clear()
+        for call in closing:
             with suppress(libvirt.libvirtError, DeadlineError):
-                call_within("close", self._timeout_ns, connection.close)
+                call.result(deadline_ns, self._timeout_ns)
 
     def guests(self) -> list[Guest]:
         """Every guest that libvirt knows, by name; InputError for metadata that is wrong."""
@@ -128,12 +137,19 @@ class Hypervisor:
 
     def prepare(self, uuids: Sequence[str], timeout_ns: int | None = None) -> None:
         """Looks the guests up and starts a worker thread for each, so that stopping them needs
-        neither later. HypervisorError where one is unknown."""
+        neither later. HypervisorError where one is unknown.
+
+        Under a daemon each guest has a connection of its own: on a common one a guest that does
+        not answer keeps the others from being resumed (seen; and libvirtd reads no more than
+        max_client_requests calls of a connection at a time).
+        """
         for uuid in uuids:
+            connection = self._connection
+            if not self._embedded:
+                connection = self._call("open for a guest", self._connect, timeout_ns)
+                self._guest_connections.append(connection)
             self._domains[uuid] = self._call(
-                "look up a guest",
-                partial(self._connection.lookupByUUIDString, uuid),
-                timeout_ns,
+                "look up a guest", partial(connection.lookupByUUIDString, uuid), timeout_ns
             )
             self._workers[uuid] = Worker(f"guest-{uuid[:8]}")
 
@@ -231,13 +247,13 @@ class Hypervisor:
         self._open(f"open {self.uri} again", timeout_ns)
 
     def _open(self, what: str, timeout_ns: int | None) -> None:
-        def connect() -> Any:
-            connection = libvirt.open(self.uri)
-            if not self._embedded:
-                connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
-            return connection
+        self._connection = self._call(what, self._connect, timeout_ns)
 
-        self._connection = self._call(what, connect, timeout_ns)
+    def _connect(self) -> Any:
+        connection = libvirt.open(self.uri)
+        if not self._embedded:
+            connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
+        return connection
 
     def _describe(self, domain: Any) -> Guest | None:
         name = domain.name()
