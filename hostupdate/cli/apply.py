@@ -132,6 +132,7 @@ def command(
     finally:
         if lock is not None:
             lock.release()
+        if not dry_run:
             journal.drop_if_empty(run_id)
     try:
         print_json(report) if settings.json else print_report(report)

@@ -100,7 +100,7 @@ class Outcomes:
                 f"the blackout was {format_duration(report.blackout_ns or 0)}, "
                 f"the budget {format_duration(self._plan.budget_ns)}"
             )
-        self._lost = self._lost_guests() if self._pause.began and not committed else {}
+        self._lost = {} if committed else self._lost_guests()
         for name, problem in self._lost.items():
             report.reasons.append(f"guest {name}: {problem}")
         self.judge(committed)
@@ -128,11 +128,15 @@ class Outcomes:
         if not self._silent:
             guest.state_after = self._settled_state(guest.uuid)
             self._silent = guest.state_after is GuestState.UNKNOWN
-        if not self._hands.is_alive(place.pid, place.started):
+        if not self._lives(guest):
             return f"its QEMU, pid {place.pid}, is gone"
         if guest.state_after not in (GuestState.RUNNING, GuestState.UNKNOWN):
             return f"it is {guest.state_after}, it was {guest.state_before}"
         return ""
+
+    def _lives(self, guest: GuestReport) -> bool:
+        place = self._hands.places[guest.uuid]
+        return self._hands.is_alive(place.pid, place.started)
 
     def _settled_state(self, uuid: str) -> GuestState:
         """A daemon that has just been started tells what it remembers, until QEMU tells it more."""
@@ -149,6 +153,8 @@ class Outcomes:
         self._silent = False
         for guest in self._paused_reports():
             problem = self._observe(guest) or problems.get(guest.uuid, "")
+            if not self._pause.began and self._lives(guest):
+                continue  # whatever its state is now, it is its owner's doing
             if problem:
                 lost[guest.name] = problem
         return lost

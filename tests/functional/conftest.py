@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hostupdate.host.cgroups import find_cgroup2
-from tests.functional.cli import Lab, Program, keepers, pids_naming
+from tests.functional.cli import Lab, Program, end_steps, keepers, pids_naming
 from tests.functional.owner import act
 from tests.requirements import need
 
@@ -56,6 +56,7 @@ def running_lab(state: Path) -> Iterator[Lab]:
 def lab(running_lab: Lab) -> Iterator[Lab]:
     """The guests, healthy before and after, with nothing of ours left behind."""
     yield running_lab
+    end_steps(running_lab)
     status = running_lab.run("status", "--json").data
     assert status["interrupted"] is None
     assert status["holder"] is None

@@ -52,7 +52,7 @@ def test_a_second_run_is_told_who_holds_the_host(
     runs = sorted(os.listdir(lab.run.state / "runs"))
     start_ns = time.monotonic_ns()
     second = lab.apply(manifest)
-    assert (second.code, second.out) == (75, ""), second.err
+    assert (second.code, second.data["exit_code"]) == (75, 75), second.err
     assert time.monotonic_ns() - start_ns < 10_000_000_000
     assert "Traceback" not in second.err
     (run_id,) = [run for run in runs if not (lab.run.state / "runs" / run / "report.json").exists()]
