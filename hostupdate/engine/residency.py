@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from hostupdate.engine.ports import Hands, RamView
-from hostupdate.errors import CoreError
-from hostupdate.model import GuestReport, Plan, Protection
+from hostupdate.errors import CoreError, GuestError
+from hostupdate.model import GuestReport, Plan, PlannedGuest, Protection
+
+
+@contextmanager
+def _named(guest: PlannedGuest) -> Iterator[None]:
+    """What the kernel says of a pid, said of the guest."""
+    try:
+        yield
+    except (OSError, CoreError) as error:
+        raise GuestError(guest.name, f"its RAM cannot be looked at: {error}") from error
 
 
 class Residency:
@@ -25,27 +35,31 @@ class Residency:
         for guest in self._guests:
             pid = self._hands.places[guest.uuid].pid
             residency = self._reports[guest.uuid].residency
-            self._before[guest.uuid] = view = self._hands.ram.measure(pid)
+            with _named(guest):
+                self._before[guest.uuid] = view = self._hands.ram.measure(pid)
             residency.protection = guest.protection
             residency.ram_bytes = view.ram_bytes
             residency.resident_bytes = view.resident_bytes
             residency.digest_reason = guest.digest_reason
             if not guest.digest_reason:
-                self._digests[guest.uuid] = self._hands.ram.prepare_digest(pid)
+                with _named(guest):
+                    self._digests[guest.uuid] = self._hands.ram.prepare_digest(pid)
 
     def open_lockable(self) -> list[int]:
         """Descriptors of the RAM that the keeper is to lock; the caller closes them."""
         fds: list[int] = []
         for guest in self._guests:
             if guest.protection is Protection.LOCKED:
-                fds += self._hands.ram.open_shared(self._hands.places[guest.uuid].pid)
+                with _named(guest):
+                    fds += self._hands.ram.open_shared(self._hands.places[guest.uuid].pid)
         return fds
 
     def count_faults(self) -> None:
         """The counters just before the pause."""
         for guest in self._guests:
             pid = self._hands.places[guest.uuid].pid
-            self._faults[guest.uuid] = self._hands.ram.major_faults(pid)
+            with _named(guest):
+                self._faults[guest.uuid] = self._hands.ram.major_faults(pid)
 
     def digest(self) -> None:
         """Digests every guest that can be; the guests are frozen."""

@@ -246,7 +246,10 @@ class Run:
         for guest in self._plan.paused:
             place = self._hands.places[guest.uuid]
             if guest.isolate and place.cgroup is not None:
-                cgroups.isolate(place.pid, place.cgroup, guest.uuid)
+                try:
+                    cgroups.isolate(place.pid, place.cgroup, guest.uuid)
+                except GuestError as error:  # it knows the guest by its uuid
+                    raise GuestError(guest.name, error.problem, remedy=error.remedy) from error
 
     def _bring_home(self) -> None:
         cgroups = self._hands.cgroups

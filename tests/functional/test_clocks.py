@@ -29,7 +29,7 @@ PAUSE = '[[step]]\nname = "pause"\nphase = "blackout"\nrun = ["sleep", "{0}"]\nt
 
 BUSYBOX = "/bin/busybox"
 AGENT = "/usr/sbin/qemu-ga"
-HEAL_S = 6
+HEAL_S = 10
 
 
 def spoil(do: str, undo: str) -> str:

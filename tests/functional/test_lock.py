@@ -58,6 +58,7 @@ def test_a_second_run_is_told_who_holds_the_host(
     (run_id,) = [run for run in runs if not (lab.run.state / "runs" / run / "report.json").exists()]
     for words in (f"run {run_id}", f"pid {holder.pid}", "since 20", "hostupdate status"):
         assert words in second.err
+        assert words in second.data["error"] + second.data["remedy"]
     assert sorted(os.listdir(lab.run.state / "runs")) == runs, "the refused run left something"
     status = lab.run("status", "--json").data
     assert f"pid {holder.pid}" in status["holder"]

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pytest
 
+from hostupdate.config import Config
+from hostupdate.engine import Run
 from hostupdate.engine.recovery import Recovered, RecoveryHands, recover
-from hostupdate.errors import DeadlineError, GuestError, HypervisorError
-from hostupdate.model import ArmedGuest, ArmedRecord, GuestState, PauseMethod
+from hostupdate.errors import (
+    CoreError,
+    DeadlineError,
+    GuestError,
+    HypervisorError,
+    PrerequisiteError,
+)
+from hostupdate.model import (
+    ArmedGuest,
+    ArmedRecord,
+    ExitCode,
+    GuestState,
+    PauseMethod,
+    Report,
+)
+from tests.unit.fakes import FakeHands, Result, Sizes, World, hands_of, located
+from tests.unit.test_plan import manifest, plan, step
 
 TIMEOUT_NS = 2_000_000_000
 
@@ -252,3 +269,104 @@ def test_after_a_boot_of_the_host_no_pid_is_touched(host: Host) -> None:
     assert set(host.recover(armed)) == {"a", "b"}
     assert host.log == []
     assert host.result.unfinished == ()
+
+
+# ---- what a run that ends by itself leaves to be recovered
+
+UNDO = {"undo": '["true"]', "timeout": '"1s"'}
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def fake(world: World) -> Iterator[FakeHands]:
+    made = FakeHands(world)
+    yield made
+    made.close_pipes()
+
+
+def run(fake: FakeHands) -> Report:
+    guests = (located("a"), located("b"))
+    made = plan(manifest("", step("blackout", "one", **UNDO)), *guests, method="stop")
+    return Run("run", made, Config(), hands_of(fake, guests), "qemu:///test").execute()
+
+
+def test_guests_that_nobody_could_resume_are_left_to_hostupdate_resume(
+    world: World, fake: FakeHands
+) -> None:
+    world.on["run one"] = lambda: setattr(world, "silent", True)
+    world.monitors = False
+    report = run(fake)
+    assert report.exit_code == ExitCode.GUEST_LOST
+    assert report.undone == ["one"]
+    assert world.armed is not None
+    assert any("a, b; run `hostupdate resume`" in reason for reason in report.reasons)
+    for name in ("a", "b"):
+        assert any(reason.startswith(f"guest {name}: ") for reason in report.reasons)
+
+
+def test_an_undo_that_brings_libvirt_back_is_followed_by_another_try(
+    world: World, fake: FakeHands
+) -> None:
+    world.on["run one"] = lambda: setattr(world, "silent", True)
+    world.on["undo one"] = lambda: setattr(world, "silent", False)
+    world.monitors = False
+    report = run(fake)
+    assert report.exit_code == ExitCode.FAILED
+    assert world.armed is None
+    assert not world.stopped
+    assert world.log.count("resume") == 2
+    assert {guest.resumed_monotonic_ns for guest in report.guests} == {7000}
+
+
+def test_guests_that_are_dead_leave_nothing_to_resume(world: World, fake: FakeHands) -> None:
+    places = [guest.place for guest in (located("a"), located("b")) if guest.place is not None]
+
+    def everybody_dies() -> None:
+        world.silent = True
+        world.dead.update(place.pid for place in places)
+
+    world.on["run one"] = everybody_dies
+    world.monitors = False
+    report = run(fake)
+    assert report.exit_code == ExitCode.GUEST_LOST
+    assert world.armed is None
+    assert not any("hostupdate resume" in reason for reason in report.reasons)
+
+
+@pytest.mark.parametrize(("failing", "code"), [(False, ExitCode.DEGRADED), (True, ExitCode.FAILED)])
+def test_a_report_that_cannot_be_kept_is_still_given_with_the_true_outcome(
+    world: World, fake: FakeHands, failing: bool, code: ExitCode
+) -> None:
+    def full(report: Report) -> None:
+        raise PrerequisiteError("report.json cannot be written: No space left", remedy="make room")
+
+    fake.save_report = full  # type: ignore[method-assign]
+    if failing:
+        world.results["one"] = Result(exit=1, problem="ended with exit status 1")
+    report = run(fake)
+    assert report.exit_code == code
+    assert any("the report is not kept: report.json" in reason for reason in report.reasons)
+
+
+def test_a_guest_that_is_gone_when_its_ram_is_measured_is_named(
+    world: World, fake: FakeHands
+) -> None:
+    guest = located("b")
+    assert guest.place is not None
+    gone, measure = guest.place.pid, fake.measure
+
+    def look(pid: int) -> Sizes:
+        if pid == gone:
+            raise CoreError("hu_ram_mappings", 3, detail=f"pid {pid}")
+        return measure(pid)
+
+    fake.measure = look  # type: ignore[method-assign]
+    report = run(fake)
+    assert report.exit_code == ExitCode.FAILED
+    assert any(reason.startswith("guest b: its RAM cannot be") for reason in report.reasons)
+    assert "arm" not in world.log
+    assert world.armed is None
