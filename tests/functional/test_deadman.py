@@ -8,7 +8,6 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -19,7 +18,7 @@ Write = Callable[..., Path]
 
 #: What the README promises: all guests run again this long after the orchestrator's death.
 PROMISE_NS = 10_000_000
-#: The middle one of so many must keep it: a busy machine may take the CPU from anybody.
+#: Each of so many kills must keep it.
 TRIES = 3
 
 HANG = """[[step]]
@@ -92,7 +91,7 @@ def test_killed_in_the_blackout(
         assert len(record.thaws) == len(lab.names)
         assert {thaw.error for thaw in record.thaws} == {0}
         latest_ns.append(max((thaw.monotonic_ns or 0) - killed_ns for thaw in record.thaws))
-    assert 0 < median(latest_ns) < PROMISE_NS, latest_ns
+    assert min(latest_ns) > 0 and max(latest_ns) < PROMISE_NS, latest_ns
     assert record.recovery is not None and record.recovery.status == 0
     status = lab.run("status", "--json").data
     assert status["interrupted"] is None
