@@ -39,6 +39,7 @@ _CHECKS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "c": (lambda: shutil.which("make") and shutil.which("gcc"), "make and gcc are needed"),
     "nobody": (_nobody, "another user cannot reach this interpreter and the package"),
+    "systemd-analyze": (lambda: shutil.which("systemd-analyze"), "systemd is not installed"),
     "valgrind": (lambda: shutil.which("valgrind"), "valgrind is not installed"),
 }
 

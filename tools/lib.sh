@@ -233,7 +233,7 @@ install_project() { # regular|editable: into the virtual environment, if the sou
 	if [[ $how == editable ]]; then
 		digest="editable $(digest_of pyproject.toml setup.py csrc)"
 	else
-		digest="regular $(digest_of "${packaging[@]}" csrc hostupdate)"
+		digest="regular $(digest_of "${packaging[@]}" csrc hostupdate systemd)"
 	fi
 	if [[ -e $stamp && $(<"$stamp") == "$digest" ]] &&
 		"$venv/bin/python" -P -c 'import hostupdate._core' 2>/dev/null; then
@@ -249,7 +249,7 @@ install_project() { # regular|editable: into the virtual environment, if the sou
 		# From a copy: a build in the checkout would leave files there, and take old ones along.
 		scratch=$(mktemp -d)
 		(cd "$checkout" && tar -c --exclude='*.so' --exclude=__pycache__ \
-			"${packaging[@]}" csrc hostupdate) | tar -x -C "$scratch" --no-same-owner
+			"${packaging[@]}" csrc hostupdate systemd) | tar -x -C "$scratch" --no-same-owner
 		quietly "$venv/bin/pip" install "$scratch"
 		rm -rf "$scratch"
 	fi

@@ -34,7 +34,7 @@ from hostupdate.rivals import Held, Rivals
 
 _GUESTS = "libvirt-guests.service"
 #: All are started by timers and end by themselves. Not here: unattended-upgrades.service, which
-#: acts when the host shuts down, and PackageKit, which acts for a person and is asked by apt's hook.
+#: acts when the host shuts down, and PackageKit, which acts for a person and answers apt's hook.
 _UPDATERS = (
     "apt-daily.service",
     "apt-daily-upgrade.service",

@@ -34,7 +34,8 @@ class Systemd:
         """LoadState (not-found: no such unit), ActiveState and DropInPaths of each unit."""
         names = list(units)
         said = self._call("show", f"--property={','.join(_PROPERTIES)}", *names)
-        blocks = [dict(line.split("=", 1) for line in b.splitlines()) for b in said.split("\n\n")]
+        lines = [[x.partition("=") for x in b.splitlines()] for b in said.split("\n\n")]
+        blocks = [{key: value for key, _, value in block} for block in lines]
         if len(blocks) != len(names) or any(set(block) != set(_PROPERTIES) for block in blocks):
             raise HostUpdateError(f"systemctl show: not understood: {said[:200]!r}")
         return dict(zip(names, blocks, strict=True))  # in this order; Id may be an alias's

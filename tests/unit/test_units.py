@@ -1,0 +1,59 @@
+"""The systemd units, as systemd itself reads them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hostupdate.cli.settings import DEFAULT_STATE
+from hostupdate.model import ExitCode
+from tests.requirements import need
+
+ROOT = Path(__file__).parents[2]
+UNITS = sorted((ROOT / "systemd").iterdir())
+RESUME = ROOT / "systemd" / "hostupdate-resume.service"
+
+
+def verify(unit: Path, text: str) -> subprocess.CompletedProcess[str]:
+    """systemd's opinion of ``text``, which may call a program that is not installed here."""
+    unit.write_text(text.replace("=hostupdate ", "=/bin/true "))
+    argv = ["systemd-analyze", "verify", "--recursive-errors=no", "--man=no", str(unit)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_systemd_finds_nothing_wrong_with_the_unit(unit: Path, tmp_path: Path) -> None:
+    need("systemd-analyze")
+
+    done = verify(tmp_path / unit.name, unit.read_text())
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_systemd_would_find_a_wrong_word(tmp_path: Path) -> None:
+    need("systemd-analyze")
+
+    done = verify(tmp_path / "x.service", RESUME.read_text() + "Nonsense=yes\n")
+
+    assert "Nonsense" in done.stderr
+
+
+def test_resume_is_run_where_a_run_was_interrupted_and_only_there() -> None:
+    text = RESUME.read_text()
+
+    assert f"ConditionPathExists={DEFAULT_STATE}/pending.json\n" in text
+    assert re.search(r"^SuccessExitStatus=(.*)", text, re.M)[1] == str(int(ExitCode.DEGRADED))  # type: ignore[index]
+
+
+def test_every_unit_is_installed_and_calls_a_program_that_is() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    installed = project["tool"]["setuptools"]["data-files"]["lib/systemd/system"]
+
+    assert installed == [f"systemd/{unit.name}" for unit in UNITS]
+    for unit in UNITS:
+        program = re.search(r"^ExecStart=(\S+)", unit.read_text(), re.M)
+        assert program and program[1] in project["project"]["scripts"]
