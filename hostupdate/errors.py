@@ -7,6 +7,7 @@
     ├── PrerequisiteError     a program, package or kernel feature is missing; nothing happened
     ├── RefusedError          judged and declined; nothing happened
     ├── BusyError             another run holds the host; nothing happened
+    ├── JournalError          the journal does not take what a run writes; it ends, and is undone
     ├── DeadlineError         an outside party did not answer in time
     ├── CoreError             the C core returned -errno; the call undid what it had done
     ├── HypervisorError       libvirt or QEMU reported an error or is unreachable
@@ -83,6 +84,17 @@ class BusyError(HostUpdateError):
             remedy="wait for that run to end; `hostupdate status` shows it",
         )
         self.holder = holder
+
+
+class JournalError(HostUpdateError):
+    """What a run has to write down could not be: ``path`` is full, damaged or gone."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(
+            f"journal {path} cannot be written: {problem}",
+            remedy="make room, or choose another state directory with --state",
+        )
+        self.path = path
 
 
 class DeadlineError(HostUpdateError):

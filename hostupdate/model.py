@@ -12,9 +12,10 @@ from enum import IntEnum, StrEnum
 import msgspec
 
 from hostupdate.guestpolicy import GuestPolicy
+from hostupdate.rivals import Held, Rivals
 
 REPORT_SCHEMA = "hostupdate-report-v1"
-ARMED_SCHEMA = "hostupdate-armed-v1"
+PENDING_SCHEMA = "hostupdate-pending-v1"
 
 #: The promise: no blackout is longer than this, whatever a manifest or the configuration says.
 HARD_CAP_NS = 30_000_000_000
@@ -165,6 +166,7 @@ class Action(msgspec.Struct, frozen=True, kw_only=True):
     step: str = ""
     argv: tuple[str, ...] = ()
     undo: str = ""
+    undo_argv: tuple[str, ...] = ()
     timeout_ns: int | None = None
 
 
@@ -196,6 +198,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     guests: tuple[PlannedGuest, ...]
     actions: tuple[Action, ...]
     warnings: tuple[str, ...] = ()
+    rivals: Rivals | None = None
 
     @property
     def paused(self) -> tuple[PlannedGuest, ...]:
@@ -216,24 +219,26 @@ class ArmedGuest(msgspec.Struct, frozen=True, kw_only=True):
     skew_ns: int | None = None  #: its real time minus the host's, before the pause
 
 
-class ArmedRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Written before the first guest is paused, removed when all guests run again.
+class PendingRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """On disk from a run's begin to its end: all that lets its guests run again.
 
-    ``boot_id`` names the boot in which its pids mean something. It holds all that recovery needs:
-    the configuration may be what the update broke.
+    ``boot_id`` names the boot in which its pids mean something. ``guests`` are those that may be
+    paused, from before the first pause to after the last; with the fields above them they are
+    complete before anything is touched, and need no configuration: the update may have broken it.
     """
 
-    schema: str = ARMED_SCHEMA
     run_id: str
     boot_id: str
     uri: str
     pid: int
-    method: PauseMethod
+    started: int
     libvirt_timeout_ns: int
-    cgroup2: str | None
+    method: PauseMethod | None = None
+    cgroup2: str | None = None
     memory_min: dict[str, str] = {}  #: cgroup path -> value to restore
     host_offset_ns: int | None = None  #: the host's CLOCK_REALTIME minus CLOCK_MONOTONIC
-    guests: tuple[ArmedGuest, ...]
+    guests: tuple[ArmedGuest, ...] = ()
+    held: Held | None = None  #: what keeps others from acting, to be let go
 
 
 class ImpactReport(msgspec.Struct, kw_only=True):

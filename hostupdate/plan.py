@@ -27,6 +27,7 @@ from hostupdate.model import (
     Protection,
 )
 from hostupdate.prediction import RESERVE_NS, blackout_ceiling_ns, full_digests_ns
+from hostupdate.rivals import Rivals
 from hostupdate.skew import Watchdog
 
 #: A guest's soft-lockup watchdog barks after this long without a pause that it knows of
@@ -64,17 +65,20 @@ def make_plan(
     budget_ns: int | None = None,
     synchronised: bool = True,
     watchdogs: Mapping[str, Watchdog] | None = None,
+    rivals: Rivals | None = None,
 ) -> Plan:
     """Decides everything about a run.
 
     ``verify_ram`` is sample, full or off; ``method`` auto, freeze or stop; ``synchronised`` what
-    is known of the host's clock, ``watchdogs`` of guests', by uuid. Raises RefusedError with every
+    is known of the host's clock, ``watchdogs`` of guests', by uuid; ``rivals`` who else may act on
+    guests and packages. Raises RefusedError with every
     reason found, not only the first; nothing was touched then.
     """
     judged = _judge(manifest)
     requested = manifest.update.impact
     actual = judged if requested == "auto" else _higher(judged, Impact(requested))
     reasons = _blockers(manifest, actual, max_impact)
+    reasons += rivals.busy if rivals is not None else ()
 
     planned = tuple(_plan_guest(located, actual, cgroup2, config, verify_ram) for located in guests)
     reasons += [
@@ -122,10 +126,14 @@ def make_plan(
         budget_ns=budget_ns,
         predicted_blackout_ns=predicted_ns,
         guests=planned,
-        actions=_actions(manifest, planned, chosen, budget_ns, config.clock, trusted),
+        actions=_guarded(
+            rivals, _actions(manifest, planned, chosen, budget_ns, config.clock, trusted)
+        ),
+        rivals=rivals,
         warnings=(
             *_warnings(planned, chosen, predicted_ns, watchdogs or {}),
             *([_UNSYNCHRONISED] if pauses and not trusted else []),
+            *(rivals.notes if rivals is not None else ()),
             *(
                 f"guest {located.guest.name} wants to approve updates: this version does not ask"
                 for located in guests
@@ -272,6 +280,20 @@ def _actions(
     return tuple(actions)
 
 
+def _guarded(rivals: Rivals | None, actions: tuple[Action, ...]) -> tuple[Action, ...]:
+    if rivals is None or not (rivals.units or rivals.autostart_marker or rivals.inhibit):
+        return actions
+    kept = [unit.partition(".")[0] for unit in rivals.units]
+    kept += ["autostart"] if rivals.autostart_marker else []
+    kept += ["a shutdown of the host"] if rivals.inhibit else []
+    names = ", ".join(dict.fromkeys(kept))
+    first = Action(
+        phase=Phase.STAGE, kind="guard", title=f"keep from acting: {names}", undo="let them act"
+    )
+    last = Action(phase=Phase.FINISH, kind="unguard", title=f"let act again: {names}")
+    return (first, *actions, last)
+
+
 def _step(step: Step) -> Action:
     return Action(
         phase=Phase(step.phase),
@@ -280,6 +302,7 @@ def _step(step: Step) -> Action:
         step=step.name,
         argv=tuple(step.run),
         undo=f"run {' '.join(step.undo)}" if step.undo else "",
+        undo_argv=tuple(step.undo or ()),
         timeout_ns=step.timeout_ns,
     )
 

@@ -40,6 +40,7 @@ _CHECKS: dict[str, tuple[Callable[[], object], str]] = {
     "c": (lambda: shutil.which("make") and shutil.which("gcc"), "make and gcc are needed"),
     "nobody": (_nobody, "another user cannot reach this interpreter and the package"),
     "systemd-analyze": (lambda: shutil.which("systemd-analyze"), "systemd is not installed"),
+    "strace": (lambda: shutil.which("strace"), "strace is not installed"),
     "valgrind": (lambda: shutil.which("valgrind"), "valgrind is not installed"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -29,7 +30,9 @@ from hostupdate.engine import Run
 from hostupdate.errors import InputError, RefusedError
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.agent import Agents
+from hostupdate.host import processes
 from hostupdate.host.cgroups import Cgroups
+from hostupdate.host.guard import Guard
 from hostupdate.host.steps import find_programs
 from hostupdate.journal import Journal
 from hostupdate.manifest import Manifest, decode_manifest
@@ -40,6 +43,7 @@ from hostupdate.model import (
     ImpactReport,
     LocatedGuest,
     Outcome,
+    PendingRecord,
     Phase,
     Plan,
     Report,
@@ -86,9 +90,12 @@ def command(
     journal = Journal(settings.state)
     run_id = journal.new_run() if not dry_run else "dry-run"
     lock = None
+    guard = Guard()
     try:
         lock = journal.lock(run_id) if not dry_run else None
         _refuse_interrupted(journal)
+        if not dry_run:
+            journal.check()
         with open_hypervisor(settings, config) as hypervisor:
             cgroups = open_cgroups(config)
             guests = located_guests(hypervisor, cgroups)
@@ -104,6 +111,7 @@ def command(
                 budget_ns=budget_ns,
                 synchronised=HostClock().host_clock_synchronised(),
                 watchdogs=clocks.watchdogs(_asked(manifest, guests)),
+                rivals=guard.survey(settings.uri),
             )
             if dry_run:
                 print_json(plan) if settings.json else print_plan(plan)
@@ -122,6 +130,7 @@ def command(
                 cgroups,
                 guests,
                 verify,
+                guard,
             )
     except RefusedError as error:
         if not settings.json or dry_run:
@@ -130,6 +139,7 @@ def command(
         print_error(error)
         sys.exit(ExitCode.REFUSED)
     finally:
+        guard.close()
         if lock is not None:
             lock.release()
         if not dry_run:
@@ -153,22 +163,35 @@ def _execute(
     cgroups: Cgroups | None,
     guests: list[LocatedGuest],
     verify_ram: str,
+    guard: Guard,
 ) -> Report:
-    journal.save_plan(run_id, plan)
-    with make_hands(
+    pending = PendingRecord(
         run_id=run_id,
-        settings=settings,
-        config=config,
-        manifest=manifest,
-        journal=journal,
-        hypervisor=hypervisor,
-        clocks=clocks,
-        cgroups=cgroups,
-        guests=guests,
-        verify_ram=verify_ram,
-        progress=Silent() if settings.quiet else Lines(),
-    ) as hands:
-        return Run(run_id, plan, config, hands, settings.uri).execute()
+        boot_id=processes.boot_id(),
+        uri=settings.uri,
+        pid=os.getpid(),
+        started=processes.started(os.getpid()),
+        libvirt_timeout_ns=config.deadlines.recovery_libvirt_ns,
+    )
+    with (
+        closing(journal.begin(plan, pending)) as run_journal,
+        make_hands(
+            run_id=run_id,
+            settings=settings,
+            config=config,
+            manifest=manifest,
+            directory=journal.directory(run_id),
+            journal=run_journal,
+            guard=guard,
+            hypervisor=hypervisor,
+            clocks=clocks,
+            cgroups=cgroups,
+            guests=guests,
+            verify_ram=verify_ram,
+            progress=Silent() if settings.quiet else Lines(),
+        ) as hands,
+    ):
+        return Run(run_id, plan, config, hands).execute()
 
 
 def _asked(manifest: Manifest, guests: list[LocatedGuest]) -> list[str]:
@@ -196,7 +219,7 @@ def _budget_ns(text: str | None) -> int | None:
 
 
 def _refuse_interrupted(journal: Journal) -> None:
-    record = journal.armed()
+    record = journal.pending()
     if record is not None:
         raise RefusedError(
             [f"run {record.run_id} was interrupted: guests may be paused"],

@@ -24,11 +24,12 @@ from hostupdate.guests.links import Links
 from hostupdate.guests.monitor import resume_by_monitor
 from hostupdate.host import processes
 from hostupdate.host.cgroups import Cgroups, find_cgroup2
+from hostupdate.host.guard import Guard
 from hostupdate.host.interrupts import Interrupts
 from hostupdate.host.memory import Memory
 from hostupdate.host.places import locate
-from hostupdate.host.steps import Steps, program_version
-from hostupdate.journal import Journal
+from hostupdate.host.steps import RUN, Steps, program_version
+from hostupdate.journal import RunJournal
 from hostupdate.manifest import Manifest
 from hostupdate.model import GuestPlace, LocatedGuest
 
@@ -156,7 +157,9 @@ def make_hands(
     settings: Settings,
     config: Config,
     manifest: Manifest,
-    journal: Journal,
+    directory: Path,
+    journal: RunJournal,
+    guard: Guard,
     hypervisor: Hypervisor,
     clocks: Clocks,
     cgroups: Cgroups | None,
@@ -168,28 +171,27 @@ def make_hands(
     places: dict[str, GuestPlace] = {
         located.guest.uuid: located.place for located in guests if located.place is not None
     }
-    run = journal.directory(run_id)
     with ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
-        steps = Steps({"DEBIAN_FRONTEND": "noninteractive", **os.environ, "HOSTUPDATE_RUN": run_id})
+        steps = Steps({"DEBIAN_FRONTEND": "noninteractive", **os.environ, RUN: run_id})
         stack.callback(steps.close)
         for number, step in enumerate(manifest.steps, start=1):
-            steps.prepare(step, run / "steps" / f"{number:02}.log")
+            steps.prepare(step, directory / "steps" / f"{number:02}.log")
         yield Hands(
             hypervisor=hypervisor,
             clocks=clocks,
             links=Links(hypervisor),
             cgroups=cgroups,
-            core=CCore(run, settings, config, cgroups),
+            core=CCore(directory, settings, config, cgroups),
             ram=Memory(verify_ram),
             steps=steps,
             journal=journal,
+            guard=guard,
             progress=progress,
             interrupts=interrupts,
             resume_by_monitor=resume_guest_by_monitor,
             is_alive=processes.is_same,
             versions=lambda: versions(hypervisor, guests),
             inventory=lambda: located_guests(hypervisor, cgroups),
-            boot_id=processes.boot_id(),
             places=places,
         )

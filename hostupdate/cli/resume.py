@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,40 +11,37 @@ import click
 import msgspec
 from rich.markup import escape
 
+from hostupdate import faults
 from hostupdate.cli.compose import (
     HostClock,
     require_root,
     resume_guest_by_monitor,
 )
 from hostupdate.cli.settings import Settings, global_options, pass_settings
-from hostupdate.cli.terminal import out, print_json
+from hostupdate.cli.terminal import err, out, print_json
 from hostupdate.clocks import Clocks
 from hostupdate.config import Config
-from hostupdate.core.keeper import KeeperRecord, read_record
+from hostupdate.core.keeper import read_record
+from hostupdate.engine.aftermath import conclude, late_report
 from hostupdate.engine.clocks import GuestClocks
-from hostupdate.engine.outcome import new_report
 from hostupdate.engine.recovery import (
     Recovered,
     RecoveryHands,
     RecoveryHypervisor,
     recover,
 )
-from hostupdate.errors import DeadlineError, HypervisorError, InputError
+from hostupdate.engine.unwind import Unwind
+from hostupdate.errors import DeadlineError, HostUpdateError, HypervisorError, InputError
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.agent import Agents
 from hostupdate.guests.links import Links
 from hostupdate.host import processes
 from hostupdate.host.cgroups import Cgroups
-from hostupdate.journal import Journal
-from hostupdate.model import (
-    ArmedGuest,
-    ArmedRecord,
-    ExitCode,
-    Outcome,
-    PauseMethod,
-    Plan,
-    Report,
-)
+from hostupdate.host.guard import Guard
+from hostupdate.host.survivors import Survivors
+from hostupdate.journal import Journal, RunJournal
+from hostupdate.model import ArmedGuest, ExitCode, PendingRecord, Report
+from hostupdate.unwinding import Kind
 
 SCHEMA = "hostupdate-resume-v1"
 #: A run that is just being refused holds the lock for as long as libvirt may take to answer it.
@@ -56,62 +54,176 @@ _THAW_NS = 1_000_000_000
 @global_options
 @pass_settings
 def command(settings: Settings) -> None:
-    """Finish an interrupted run: every guest that it paused runs again.
+    """Finish or undo an interrupted run: every guest that it paused runs again.
 
-    Does nothing where no run was interrupted. Their clocks are set then. Steps of the
-    update that had run stay as they are.
+    Guests first, then their clocks; then the steps of the update that had run are undone, or,
+    where the update was in place already, its last steps are run. Does nothing where no run was
+    interrupted, and may be repeated.
     """
     require_root()
     journal = Journal(settings.state)
     lock = journal.lock("resume", wait_ns=_LOCK_NS)
     try:
-        record = journal.armed()
+        record = journal.pending()
         if record is None:
             if settings.json:
                 print_json({"schema": SCHEMA, "run_id": None, "report": None})
             else:
                 out().print("nothing to resume: no run was interrupted")
             return
-        libvirt = _Libvirt(record.uri, record.libvirt_timeout_ns)
-        result = recover(record, _hands(record, libvirt), record.libvirt_timeout_ns)
-        report = _report(journal, record, result)
-        if report is not None:
-            journal.save_report(report)
-        if result.unfinished:  # the others run: their owners may pause them again
-            journal.arm(msgspec.structs.replace(record, guests=result.unfinished))
-        else:
-            journal.disarm()
-        if report is not None:
-            _correct_clocks(record, report, _config(settings, report), libvirt)
-            journal.save_report(report)
+        recovery = _Recovery(settings, journal, record)
+        recovery.execute()
     finally:
         lock.release()
     if settings.json:
-        print_json({"schema": SCHEMA, "run_id": record.run_id, "report": report})
+        print_json({"schema": SCHEMA, "run_id": record.run_id, "report": recovery.report})
     else:
-        _print(record, result)
-    if result.problems:
-        sys.exit(ExitCode.GUEST_LOST)
-    sys.exit(ExitCode.DEGRADED if result.warnings else ExitCode.OK)
+        recovery.show()
+    sys.exit(recovery.exit_code)
 
 
-def _print(record: ArmedRecord, result: Recovered) -> None:
-    for name, problem in result.problems.items():
-        out().print(f"[bold red]guest {escape(name)}:[/] {escape(problem)}")
-    for warning in result.warnings:
-        out().print(f"[yellow]warning:[/] {escape(warning)}")
-    running = [guest.name for guest in record.guests if guest.name not in result.problems]
-    if running:
-        out().print(f"run {record.run_id}: these guests run again: {escape(', '.join(running))}")
+class _Recovery:
+    """One interrupted run: guests, clocks, steps, others; each whatever became of the others."""
+
+    def __init__(self, settings: Settings, journal: Journal, record: PendingRecord) -> None:
+        self._settings = settings
+        self._journal = journal
+        self._record = record
+        self._libvirt = _Libvirt(record.uri, record.libvirt_timeout_ns)
+        self._result = Recovered(problems={})
+        self._unwind: Unwind | None = None
+        self._warnings: list[str] = []
+        self.report: Report | None = None
+
+    @property
+    def exit_code(self) -> ExitCode:
+        if self._result.problems:
+            return ExitCode.GUEST_LOST
+        return ExitCode.DEGRADED if self._warnings else ExitCode.OK
+
+    def execute(self) -> None:
+        record = self._record
+        if record.guests:
+            self._result = recover(record, _hands(record, self._libvirt), record.libvirt_timeout_ns)
+        self._warnings += self._result.warnings
+        faults.point("resume.guests-run")
+        try:
+            run = self._journal.reopen(record)
+        except HostUpdateError as error:
+            self._without_journal(error)
+            return
+        try:
+            self._finish(run)
+        except InputError as error:
+            run.close()
+            self._without_journal(error)
+        finally:
+            run.close()
+
+    def _finish(self, run: RunJournal) -> None:
+        record = self._record
+        plan = run.plan()
+        records = run.records()
+        self.report = run.report()
+        self._attempt("journal", lambda: run.note(Kind.RECOVERING) if plan else None)
+        if plan is not None and self.report is None:
+            same_boot = record.boot_id == processes.boot_id()
+            directory = self._journal.directory(record.run_id)
+            self.report = late_report(
+                plan, record, run.began_realtime_ns(), read_record(directory / "keeper.log")
+            )
+            self._correct_clocks()
+            survivors = Survivors(record.run_id, directory / "undo.log")
+            self._unwind = Unwind(plan, records, survivors, run, _tell, same_boot=same_boot)
+            self._unwind.execute()
+            self._warnings += self._unwind.problems
+            conclude(self.report, self._result, self._unwind)
+        elif self.report is not None and record.guests:
+            self._correct_clocks()
+            self.report.reasons.append("`hostupdate resume` let its guests run")
+            self.report.reasons += [f"guest {n}: {p}" for n, p in self._result.problems.items()]
+        faults.point("resume.unwound")
+        held = self._let_go()
+        if self.report is not None:
+            report = self.report
+            self._attempt("the report is not kept", lambda: run.save_report(report))
+        if self._result.unfinished or held:  # the others run: their owners may pause them again
+            left = msgspec.structs.replace(record, guests=self._result.unfinished)
+            self._attempt("pending record", lambda: run.pend(left))
+        else:
+            self._attempt("journal", run.end)
+
+    def _without_journal(self, error: HostUpdateError) -> None:
+        """The guests come first, and need no journal; the steps cannot be known without it."""
+        self._warnings.append(f"{error}; the steps that had run are not undone")
+        held = self._let_go()
+        if not isinstance(error, InputError):
+            return  # once there is room again, or whatever it lacks, the rest can be done
+        self._warnings.append(f"moved away as {self._journal.set_aside()}")
+        if not self._result.unfinished and not held:
+            self._journal.drop_pending()
+
+    def _let_go(self) -> bool:
+        """Lets others act again; whether that is still to be done."""
+        held = self._record.held
+        if held is None:
+            return False
+        return not self._attempt("letting others act", lambda: Guard().restore(held))
+
+    def _attempt(self, what: str, act: Callable[[], object]) -> bool:
+        try:
+            act()
+        except (OSError, HostUpdateError) as error:
+            self._warnings.append(f"{what}: {error}")
+            return False
+        return True
+
+    def _correct_clocks(self) -> None:
+        """The guests run; now their clocks. What cannot be done is in the report."""
+        report = self.report
+        if report is None or not self._record.guests:
+            return
+        try:
+            config = self._settings.load_config()
+        except InputError as error:  # the update may have broken it
+            report.reasons.append(f"clocks are set by the default configuration: {error}")
+            config = Config()
+        try:
+            hypervisor = self._libvirt()
+        except (HypervisorError, DeadlineError) as error:
+            report.reasons.append(f"guests' clocks are not verified: {error}")
+            return
+        hands = _ClockHands(
+            HostClock(), Clocks(Agents(hypervisor), config.clock), Links(hypervisor)
+        )
+        guests = {guest.uuid: guest for guest in report.guests}
+        clocks = GuestClocks([g.uuid for g in self._record.guests], config, hands, guests)
+        clocks.recall(self._record)
+        report.reasons += [text for text, _wrong in clocks.correct()]
+        stepped = clocks.conclude_host()
+        report.reasons += [stepped] if stepped else []
+        report.host_clock = clocks.host
+
+    def show(self) -> None:
+        """For people."""
+        console = out()
+        run_id, result, unwind = self._record.run_id, self._result, self._unwind
+        for name, problem in result.problems.items():
+            console.print(f"[bold red]guest {escape(name)}:[/] {escape(problem)}")
+        for warning in self._warnings:
+            console.print(f"[yellow]warning:[/] {escape(warning)}")
+        running = [g.name for g in self._record.guests if g.name not in result.problems]
+        if running:
+            console.print(f"run {run_id}: these guests run again: {escape(', '.join(running))}")
+        if unwind is not None:
+            undone = [step.name for step in unwind.steps.values() if step.undone]
+            end = "its update was in place and stays" if unwind.committed else "it was undone"
+            names = f": {escape(', '.join(undone))}" if undone else ""
+            console.print(f"run {run_id} was interrupted; {end}{names}")
 
 
-def _config(settings: Settings, report: Report) -> Config:
-    """The update may have broken the configuration: that must not keep clocks from being set."""
-    try:
-        return settings.load_config()
-    except InputError as error:
-        report.reasons.append(f"clocks are set by the default configuration: {error}")
-        return Config()
+def _tell(text: str) -> None:
+    err().print(escape(text))
 
 
 class _Libvirt:
@@ -135,24 +247,7 @@ class _ClockHands:
     links: Links
 
 
-def _correct_clocks(record: ArmedRecord, report: Report, config: Config, libvirt: _Libvirt) -> None:
-    """The guests run; now their clocks. What cannot be done is in the report."""
-    try:
-        hypervisor = libvirt()
-    except (HypervisorError, DeadlineError) as error:
-        report.reasons.append(f"guests' clocks are not verified: {error}")
-        return
-    hands = _ClockHands(HostClock(), Clocks(Agents(hypervisor), config.clock), Links(hypervisor))
-    guests = {guest.uuid: guest for guest in report.guests}
-    clocks = GuestClocks([guest.uuid for guest in record.guests], config, hands, guests)
-    clocks.recall(record)
-    report.reasons += [text for text, _wrong in clocks.correct()]
-    stepped = clocks.conclude_host()
-    report.reasons += [stepped] if stepped else []
-    report.host_clock = clocks.host
-
-
-def _hands(record: ArmedRecord, libvirt: _Libvirt) -> RecoveryHands:
+def _hands(record: PendingRecord, libvirt: _Libvirt) -> RecoveryHands:
     cgroups = Cgroups(Path(record.cgroup2)) if record.cgroup2 is not None else None
 
     def thaw(guest: ArmedGuest) -> None:
@@ -183,49 +278,3 @@ def _hands(record: ArmedRecord, libvirt: _Libvirt) -> RecoveryHands:
         is_alive=processes.is_same,
         resume_by_monitor=resume_guest_by_monitor,
     )
-
-
-def _report(journal: Journal, record: ArmedRecord, result: Recovered) -> Report | None:
-    """The run's report: its own where it lived to write one, else what its keeper measured."""
-    told = [f"guest {name}: {problem}" for name, problem in result.problems.items()]
-    told += result.warnings
-    directory = journal.directory(record.run_id)
-    if (directory / "report.json").exists():
-        report = journal.report(record.run_id)
-        report.reasons += told or ["`hostupdate resume` let its guests run"]
-        return report
-    try:
-        plan = msgspec.json.decode((directory / "plan.json").read_bytes(), type=Plan)
-        started_ns = (directory / "plan.json").stat().st_mtime_ns
-    except (OSError, msgspec.DecodeError):
-        return None
-    report = new_report(record.run_id, plan, started_ns)
-    report.outcome = Outcome.FAILED
-    report.exit_code = ExitCode.GUEST_LOST if result.problems else ExitCode.FAILED
-    report.reasons.append(
-        f"the run was interrupted: its process, pid {record.pid}, died; "
-        "which steps had run is not known, none was undone"
-    )
-    report.reasons += told
-    if record.method is PauseMethod.FREEZE:
-        _add_blackouts(report, record, read_record(directory / "keeper.log"))
-    return report
-
-
-def _add_blackouts(report: Report, record: ArmedRecord, keeper: KeeperRecord | None) -> None:
-    """From the keeper's record. Not for stopped guests: thawed, they do not run yet."""
-    if keeper is None or not keeper.armed:
-        return
-    armed_ns = keeper.armed[-1].monotonic_ns
-    by_uuid = {guest.uuid: guest for guest in report.guests}
-    for thaw in keeper.thaws:
-        if thaw.guest >= len(record.guests):
-            continue
-        guest = by_uuid[record.guests[thaw.guest].uuid]
-        if guest.resumed_monotonic_ns is None and thaw.monotonic_ns is not None:
-            guest.paused_monotonic_ns = armed_ns
-            guest.resumed_monotonic_ns = thaw.monotonic_ns
-            guest.blackout_ns = thaw.monotonic_ns - armed_ns
-            guest.notes.append("the keeper let it run; its blackout is an upper bound")
-    blackouts = [guest.blackout_ns for guest in report.guests if guest.blackout_ns is not None]
-    report.blackout_ns = max(blackouts, default=None)

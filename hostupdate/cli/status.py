@@ -8,7 +8,9 @@ from rich.markup import escape
 from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import duration, out, print_error, print_json
 from hostupdate.errors import InputError
+from hostupdate.host import processes
 from hostupdate.journal import Journal
+from hostupdate.model import PendingRecord
 
 SCHEMA = "hostupdate-status-v1"
 
@@ -20,8 +22,10 @@ def command(settings: Settings) -> None:
     """Show whether a run holds the host, and how the last one ended."""
     journal = Journal(settings.state)
     holder = journal.holder()
-    armed = journal.armed()
-    interrupted = armed.run_id if armed is not None and holder is None else None
+    pending = journal.pending()
+    interrupted = None
+    if pending is not None and not _alive(pending):
+        interrupted = pending.run_id
     runs = journal.runs()
     last = None
     try:
@@ -33,15 +37,16 @@ def command(settings: Settings) -> None:
         return
     console = out()
     console.print(f"the host is held by {escape(holder)}" if holder else "no run holds the host")
-    if armed is not None:
-        names = ", ".join(guest.name for guest in armed.guests)
+    if pending is not None:
+        names = ", ".join(guest.name for guest in pending.guests)
+        paused = f"it may have paused {escape(names)}" if names else "it has paused no guest"
         if interrupted:
             console.print(
-                f"[bold red]run {armed.run_id} was interrupted[/]; its guests: {escape(names)}; "
+                f"[bold red]run {pending.run_id} was interrupted[/]; {paused}; "
                 "run `hostupdate resume`"
             )
         else:
-            console.print(f"run {armed.run_id} may have paused: {escape(names)}")
+            console.print(f"run {pending.run_id} goes on; {paused}")
     if last is None:
         console.print("no run has ended here yet")
     else:
@@ -49,3 +54,9 @@ def command(settings: Settings) -> None:
             f"last run {last.run_id}: {escape(last.update)}: {last.outcome} "
             f"(exit {int(last.exit_code)}), blackout {duration(last.blackout_ns)}"
         )
+
+
+def _alive(pending: PendingRecord) -> bool:
+    """Whether the run's process goes on."""
+    same_boot = pending.boot_id == processes.boot_id()
+    return same_boot and processes.is_same(pending.pid, pending.started)

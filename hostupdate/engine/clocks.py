@@ -14,7 +14,7 @@ from hostupdate.config import Config
 from hostupdate.durations import format_duration
 from hostupdate.engine.ports import ClocksPort, HostClockPort, LinksPort
 from hostupdate.errors import DeadlineError, GuestError, HypervisorError
-from hostupdate.model import ArmedRecord, GuestReport, HostClockReport
+from hostupdate.model import GuestReport, HostClockReport, PendingRecord
 from hostupdate.skew import Corrected, Skew, Wish, is_right, stepped_ns, target_ns
 
 #: Links come up again this long before the keeper would have to see to it.
@@ -67,7 +67,7 @@ class GuestClocks:
             for uuid in self._uuids:
                 self._links[uuid] = self._hands.links.up(uuid)
 
-    def recall(self, record: ArmedRecord) -> None:
+    def recall(self, record: PendingRecord) -> None:
         """What an interrupted run had measured, instead of :meth:`measure`."""
         self._measured = True
         if record.host_offset_ns is not None:

@@ -10,14 +10,16 @@ from typing import Protocol
 from hostupdate.errors import HypervisorError
 from hostupdate.model import (
     Action,
-    ArmedRecord,
     GuestPlace,
     GuestState,
     LocatedGuest,
+    PendingRecord,
     Phase,
     Report,
 )
+from hostupdate.rivals import Held, Rivals
 from hostupdate.skew import Corrected, Skew, Wish
+from hostupdate.unwinding import Kind
 
 
 class StampView(Protocol):
@@ -155,12 +157,23 @@ class StepsPort(Protocol):
     def reap(self) -> None: ...
 
 
-class JournalPort(Protocol):
-    """The state directory."""
+class GuardPort(Protocol):
+    """Keeps others from acting on guests and packages."""
 
-    def arm(self, record: ArmedRecord) -> None: ...
-    def disarm(self) -> None: ...
+    def hold(self, rivals: Rivals) -> tuple[str, ...]: ...
+    def restore(self, held: Held) -> None: ...
+
+
+class JournalPort(Protocol):
+    """The journal of one run, which has begun there. ``pending`` is the record on disk."""
+
+    pending: PendingRecord
+
+    def pend(self, record: PendingRecord) -> None: ...
+    def note(self, kind: Kind, action: int | None = None, problem: str = "") -> None: ...
+    def blackout(self, *, on: bool) -> None: ...
     def save_report(self, report: Report) -> None: ...
+    def end(self) -> None: ...
 
 
 class ProgressPort(Protocol):
@@ -185,8 +198,7 @@ class Hands:
 
     ``resume_by_monitor(pid, timeout_ns)`` resumes a guest without libvirt; ``is_alive(pid,
     started)`` tells whether that process still lives; ``versions`` names what is installed now;
-    ``inventory`` looks at all guests anew; ``boot_id`` names this boot of the host;
-    ``places`` maps a guest's uuid to its place.
+    ``inventory`` looks at all guests anew; ``places`` maps a guest's uuid to its place.
     """
 
     hypervisor: HypervisorPort
@@ -197,11 +209,11 @@ class Hands:
     ram: RamPort
     steps: StepsPort
     journal: JournalPort
+    guard: GuardPort
     progress: ProgressPort
     interrupts: InterruptsPort
     resume_by_monitor: Callable[[int, int], None]
     is_alive: Callable[[int, int], bool]
     versions: Callable[[], dict[str, str]]
     inventory: Callable[[], Sequence[LocatedGuest]]
-    boot_id: str
     places: Mapping[str, GuestPlace]

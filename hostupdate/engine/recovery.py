@@ -1,8 +1,7 @@
-"""After a run's orchestrator has died: every guest of its armed record runs again.
+"""After a run's orchestrator has died: every guest of its pending record runs again.
 
 Run by the keeper, or by a person, as ``hostupdate resume``. Does each thing whether or not somebody
-did it before: thaw, put back, resume. Steps of the update are not undone: which of them ran is not
-known here.
+did it before: thaw, put back, resume. What the update had done comes after that (``unwind``).
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from hostupdate import faults
 from hostupdate.errors import HostUpdateError, HypervisorError
-from hostupdate.model import ArmedGuest, ArmedRecord, GuestState, PauseMethod
+from hostupdate.model import ArmedGuest, GuestState, PauseMethod, PendingRecord
 
 
 class RecoveryHypervisor(Protocol):
@@ -52,11 +52,12 @@ class Recovered:
     warnings: tuple[str, ...] = ()
 
 
-def recover(record: ArmedRecord, hands: RecoveryHands, timeout_ns: int) -> Recovered:
+def recover(record: PendingRecord, hands: RecoveryHands, timeout_ns: int) -> Recovered:
     """Lets every guest of the record run. Raises nothing for one guest's sake; repeatable."""
     if record.boot_id != hands.boot_id:
         ended = "its QEMU ended with the host's last boot"
         return Recovered(problems={guest.name: ended for guest in record.guests})
+    faults.point("resume.guests")
     problems: dict[str, str] = {}
     alive: list[ArmedGuest] = []
     for guest in record.guests:

@@ -7,92 +7,87 @@ import os
 import time
 from collections.abc import Callable
 
+from hostupdate import faults
 from hostupdate.config import Config
 from hostupdate.engine.clocks import GuestClocks
 from hostupdate.engine.outcome import Outcomes, new_report
 from hostupdate.engine.pause import Pause
 from hostupdate.engine.ports import Hands
 from hostupdate.engine.residency import Residency
+from hostupdate.engine.shelter import Shelter
+from hostupdate.engine.stepping import Stepping
 from hostupdate.engine.telling import Telling
-from hostupdate.errors import GuestError, HostUpdateError, Interrupted, StepError
-from hostupdate.model import (
-    Action,
-    ArmedGuest,
-    ArmedRecord,
-    GuestState,
-    Phase,
-    PhaseReport,
-    Plan,
-    Protection,
-    Report,
-    StepReport,
-)
-
-#: For steps of stage and finish that name no time-out of their own.
-_BROWNOUT_STEP_NS = 600_000_000_000
-_UNDO_NS = 60_000_000_000
+from hostupdate.errors import HostUpdateError, JournalError
+from hostupdate.model import Action, Phase, PhaseReport, Plan, Report
+from hostupdate.unwinding import Kind
 
 
 class Run:
-    """Executes one plan once. ``uri`` is the hypervisor's, for whoever has to recover."""
+    """Executes one plan once. The journal has begun the run already."""
 
-    def __init__(self, run_id: str, plan: Plan, config: Config, hands: Hands, uri: str) -> None:
-        self._run_id = run_id
+    def __init__(self, run_id: str, plan: Plan, config: Config, hands: Hands) -> None:
         self._plan = plan
         self._config = config
         self._hands = hands
-        self._uri = uri
         self._report = new_report(run_id, plan, time.time_ns())
         guests = {guest.uuid: guest for guest in self._report.guests}
         self._pause = Pause(plan, config, hands, guests)
         self._residency = Residency(plan, hands, guests)
         self._clocks = GuestClocks([g.uuid for g in plan.paused], config, hands, guests)
         self._report.host_clock = self._clocks.host
+        self._shelter = Shelter(plan, config, hands, self._clocks)
+        self._stepping = Stepping(plan, hands, self._pause, self._report)
         self._outcomes = Outcomes(plan, hands, self._pause, self._report)
-        self._undo: list[tuple[Action, Callable[[], None]]] = []
-        self._memory_min: dict[str, tuple[str, str]] = {}
+        self._undo: list[tuple[int, Action, Callable[[], None]]] = []
         self._telling = Telling(hands.progress)
         self._committed = False
-        self._doing: dict[str, Callable[[Action], None]] = {
-            "step": self._step,
-            "clocks-before": lambda _: self._clocks.measure(),
-            "record": self._record,
-            "measure": lambda _: self._residency.measure(),
-            "isolate": self._isolate,
-            "protect": self._protect,
-            "keeper": self._keep,
-            "links-down": self._disconnect,
-            "arm": self._arm,
-            "stop": self._pause.stop,
-            "freeze": self._pause.freeze,
-            "digest": lambda _: self._residency.digest(),
-            "compare": self._compare,
-            "recheck": self._recheck,
-            "thaw": self._pause.thaw,
-            "resume": self._pause.resume,
-            "clocks": self._correct,
-            "links-up": lambda _: self._clocks.connect(),
-            "disarm": self._pause.disarm,
-            "release": self._release,
-            "verify": self._verify,
+        self._mute = False  #: the journal has failed: said once
+        pause, shelter, clocks, stepping = self._pause, self._shelter, self._clocks, self._stepping
+        #: kind of action -> what it does, and what takes it back
+        self._doing: dict[str, tuple[Callable[[Action], None], Callable[[Action], None] | None]] = {
+            "guard": (self._guard, shelter.let_go),
+            "step": (stepping.run, stepping.undo),
+            "clocks-before": (lambda _: clocks.measure(), None),
+            "record": (shelter.record, lambda _: self._forget()),
+            "measure": (lambda _: self._residency.measure(), None),
+            "isolate": (shelter.isolate, lambda _: shelter.bring_home()),
+            "protect": (shelter.protect, lambda _: shelter.unprotect()),
+            "keeper": (self._keep, pause.release),
+            "recheck": (shelter.recheck, None),
+            "links-down": (lambda _: clocks.disconnect(), lambda _: clocks.connect()),
+            "arm": (pause.arm, pause.disarm),
+            "stop": (pause.stop, None),
+            "freeze": (pause.freeze, None),
+            "digest": (lambda _: self._residency.digest(), None),
+            "compare": (self._compare, None),
+            "thaw": (pause.thaw, None),
+            "resume": (pause.resume, None),
+            "clocks": (self._correct, None),
+            "links-up": (lambda _: clocks.connect(), None),
+            "disarm": (pause.disarm, None),
+            "release": (self._release, None),
+            "verify": (self._verify, None),
+            "unguard": (self._unguard, None),
         }
 
     def execute(self) -> Report:
-        """Runs to the end, whatever happens, and returns the report, which is on disk then (or
-        says why it is not).
+        """Runs to the end, whatever happens, and returns the report, which is in the journal then
+        (or says why it is not).
 
         Raises nothing that went wrong in the run: the report's outcome, exit code and reasons say
         it. Every guest that was paused runs when this returns, or is named in the reasons.
         """
         self._attempt("versions", self._versions_before)
         try:
-            for action in self._plan.actions:
+            for number, action in enumerate(self._plan.actions):
                 self._enter(action.phase)
-                self._perform(action)
-            self._committed = True
+                self._perform(number, action)
+            if not self._committed:
+                self._commit()
         except BaseException as error:  # a bug of ours included: guests run before all else
             if self._committed:
                 self._outcomes.degrade(_words(error))
+                self._attempt("letting others act", self._shelter.let_go)
             else:
                 self._fail(error)
         self._end_phase()
@@ -102,12 +97,24 @@ class Run:
         self._attempt("versions", self._versions_after)
         self._attempt("output of steps", self._outcomes.collect_steps)
         self._outcomes.conclude(self._committed)
-        try:
-            self._hands.journal.save_report(self._report)
-        except (OSError, HostUpdateError) as error:  # the caller has it all the same
-            self._outcomes.degrade(f"the report is not kept: {_words(error)}")
-            self._outcomes.judge(self._committed)
+        self._end()
         return self._report
+
+    def _end(self) -> None:
+        """The report into the journal; the run has ended there, unless recovery is needed."""
+        journal = self._hands.journal
+        problem = ""
+        writes: list[Callable[[], None]] = [lambda: journal.save_report(self._report)]
+        if not (self._pause.unresumed() or journal.pending.held):
+            writes.append(journal.end)
+        for write in writes:
+            try:
+                write()
+            except (OSError, HostUpdateError) as error:  # the caller has the report all the same
+                problem = problem or f"the report is not kept: {_words(error)}"
+        if problem:
+            self._outcomes.degrade(problem)
+            self._outcomes.judge(self._committed)
 
     def _attempt(self, what: str, act: Callable[[], object]) -> bool:
         """What must not keep the rest of the run from happening. A failure degrades the run."""
@@ -126,6 +133,8 @@ class Run:
         paused = phase is Phase.BLACKOUT and self._plan.method is not None
         self._telling.release()
         self._telling.phase(phase, paused=paused)
+        if paused:
+            self._hands.journal.blackout(on=True)
         phases.append(PhaseReport(name=phase, start_ns=time.monotonic_ns()))
         if paused:
             self._residency.count_faults()
@@ -133,144 +142,58 @@ class Run:
             gc.collect()
             gc.freeze()
             gc.disable()
-        else:
-            gc.enable()
         if phase is Phase.FINISH and self._plan.method is None:
-            self._committed = True
+            self._commit()
 
     def _end_phase(self) -> None:
         if self._report.phases and self._report.phases[-1].end_ns is None:
             self._report.phases[-1].end_ns = time.monotonic_ns()
+            gc.enable()
+            if self._report.phases[-1].name is Phase.BLACKOUT and self._plan.method is not None:
+                self._attempt("journal", lambda: self._hands.journal.blackout(on=False))
 
-    def _perform(self, action: Action) -> None:
-        self._check_interrupted()
+    def _perform(self, number: int, action: Action) -> None:
+        if not self._committed:
+            self._stepping.check_interrupted()
         self._telling.started(action)
         self._report.actions.append(action.title)
         start_ns = time.monotonic_ns()
         problem = ""
+        do, undo = self._doing[action.kind]
         try:
-            self._doing[action.kind](action)
+            self._note(Kind.INTENT, number)
+            if undo is not None:
+                self._undo.append((number, action, lambda: undo(action)))
+            faults.point(f"{action.kind}.begin")
+            do(action)
+            faults.point(f"{action.kind}.end")
+            self._note(Kind.DONE, number)
         except BaseException as error:
             problem = _words(error)
+            self._note(Kind.FAILED, number, problem, must=False)
             raise
         finally:
             self._telling.ended(action, time.monotonic_ns() - start_ns, problem)
 
-    def _check_interrupted(self) -> None:
-        signal = self._hands.interrupts.pending()
-        if signal is not None and not self._committed:
-            raise Interrupted(f"stopped by {signal}")
+    def _note(self, kind: Kind, number: int | None, problem: str = "", must: bool = True) -> None:
+        """``must``: a run that cannot write down what it does is over, while it can be undone."""
+        try:
+            self._hands.journal.note(kind, number, problem)
+        except JournalError as error:
+            if must and not self._committed:
+                raise
+            if not self._mute:
+                self._outcomes.degrade(str(error))
+            self._mute = True
 
-    # ---- the actions that are not the pause's or the residency's own
+    def _commit(self) -> None:
+        """The update stays."""
+        self._hands.journal.note(Kind.COMMITTED)
+        self._committed = True
 
-    def _step(self, action: Action) -> None:
-        now_ns = time.monotonic_ns()
-        paused = action.phase is Phase.BLACKOUT and self._plan.method is not None
-        if paused:
-            deadline_ns = self._pause.steps_end_ns
-            if action.timeout_ns is not None:
-                deadline_ns = min(deadline_ns, now_ns + action.timeout_ns)
-        else:
-            deadline_ns = now_ns + (action.timeout_ns or _BROWNOUT_STEP_NS)
-        wake_fds = [self._hands.interrupts.fileno()]
-        if paused:
-            wake_fds += self._pause.wake_fds
-        report = StepReport(name=action.step, phase=action.phase)
-        self._report.steps.append(report)
-        self._undo.append((action, lambda: self._undo_step(action, report)))
-        result = self._hands.steps.run(action.step, deadline_ns, wake_fds)
-        report.exit, report.duration_ns, report.problem = (
-            result.exit, result.duration_ns, result.problem,
-        )  # fmt: skip
-        if result.problem:
-            self._check_interrupted()
-            if signal := self._hands.interrupts.pending():
-                report.problem += f" by {signal}"
-            if paused and self._pause.alarmed():
-                report.problem += ": the budget is over, the keeper has let the guests run"
-            raise StepError(action.step, report.problem)
-
-    def _undo_step(self, action: Action, report: StepReport) -> None:
-        self._hands.steps.reap()
-        if action.undo:
-            report.undone = False
-            report.undone = self._hands.steps.undo(action.step, _UNDO_NS)
-            self._report.undone.append(action.step)
-
-    def _record(self, action: Action) -> None:
-        places = self._hands.places
-        cgroups = self._hands.cgroups
-        armed = []
-        wanted = []
-        for guest in self._plan.paused:
-            place = places[guest.uuid]
-            home = place.cgroup
-            own = cgroups.own(guest.uuid) if cgroups is not None and guest.isolate else None
-            if guest.protection is Protection.MEMORY_MIN and cgroups is not None and home:
-                wanted.append((home, cgroups.memory_current(home)))
-            armed.append(
-                ArmedGuest(
-                    name=guest.name,
-                    uuid=guest.uuid,
-                    pid=place.pid,
-                    started=place.started,
-                    cgroup=own or home,
-                    home_cgroup=home if own else None,
-                    links=self._clocks.links(guest.uuid),
-                    skew_ns=self._clocks.skew_ns(guest.uuid),
-                )
-            )
-        if cgroups is not None and wanted:
-            self._memory_min = cgroups.memory_min_changes(wanted)
-        assert self._plan.method is not None
-        self._undo.append((action, self._drop_record))
-        self._hands.journal.arm(
-            ArmedRecord(
-                run_id=self._run_id,
-                boot_id=self._hands.boot_id,
-                uri=self._uri,
-                pid=os.getpid(),
-                method=self._plan.method,
-                libvirt_timeout_ns=self._config.deadlines.recovery_libvirt_ns,
-                cgroup2=str(cgroups.mount) if cgroups is not None else None,
-                memory_min={cgroup: old for cgroup, (old, _) in self._memory_min.items()},
-                host_offset_ns=self._clocks.host.before_ns,
-                guests=tuple(armed),
-            )
-        )
-
-    def _isolate(self, action: Action) -> None:
-        cgroups = self._hands.cgroups
-        assert cgroups is not None
-        self._undo.append((action, self._bring_home))
-        for guest in self._plan.paused:
-            place = self._hands.places[guest.uuid]
-            if guest.isolate and place.cgroup is not None:
-                try:
-                    cgroups.isolate(place.pid, place.cgroup, guest.uuid)
-                except GuestError as error:  # it knows the guest by its uuid
-                    raise GuestError(guest.name, error.problem, remedy=error.remedy) from error
-
-    def _bring_home(self) -> None:
-        cgroups = self._hands.cgroups
-        for guest in self._plan.paused:
-            place = self._hands.places[guest.uuid]
-            if guest.isolate and place.cgroup is not None and cgroups is not None:
-                alive = self._hands.is_alive(place.pid, place.started)
-                cgroups.restore(place.pid if alive else None, cgroups.own(guest.uuid), place.cgroup)
-
-    def _protect(self, action: Action) -> None:
-        assert self._hands.cgroups is not None
-        self._undo.append((action, self._unprotect))
-        self._hands.cgroups.set_memory_min({c: new for c, (_, new) in self._memory_min.items()})
-
-    def _unprotect(self) -> None:
-        if self._hands.cgroups is not None:
-            old = {cgroup: old for cgroup, (old, _) in self._memory_min.items()}
-            self._hands.cgroups.set_memory_min(old)
+    # ---- the actions that are not one hand's own
 
     def _keep(self, action: Action) -> None:
-        self._undo.append((action, self._pause.release))
         fds = self._residency.open_lockable()
         try:
             self._pause.keep(action, fds)
@@ -283,31 +206,10 @@ class Run:
             why = os.strerror(self._pause.lock_errno)
             self._outcomes.degrade(f"not all of the guests' RAM could be locked: {why}")
 
-    def _recheck(self, _action: Action) -> None:
-        """Guests may have come, gone or been paused by their owners since the plan was made."""
-        planned = {guest.uuid: guest for guest in self._plan.guests}
-        now = {located.guest.uuid: located for located in self._hands.inventory()}
-        for uuid, located in now.items():
-            running = located.guest.state in (GuestState.RUNNING, GuestState.UNKNOWN)
-            if running and (uuid not in planned or planned[uuid].state is not GuestState.RUNNING):
-                raise GuestError(located.guest.name, "it was started since the plan was made")
-        for guest in self._plan.paused:
-            found = now.get(guest.uuid)
-            if found is None or found.guest.state is not GuestState.RUNNING:
-                state = GuestState.GONE if found is None else found.guest.state
-                raise GuestError(guest.name, f"it is {state}; it ran when the plan was made")
-            old, new = self._hands.places[guest.uuid], found.place
-            if new is None or (new.pid, new.started) != (old.pid, old.started):
-                raise GuestError(guest.name, "it was restarted since the plan was made")
-
     def _compare(self, _action: Action) -> None:
         self._residency.compare()
         if self._pause.alarmed():
             self._residency.disown("the keeper had let the guests run before the second digest")
-
-    def _disconnect(self, action: Action) -> None:
-        self._undo.append((action, self._clocks.connect))
-        self._clocks.disconnect()
 
     def _correct(self, _action: Action) -> None:
         # With links held, the keeper is armed until they are up again.
@@ -321,21 +223,23 @@ class Run:
             else:
                 self._report.reasons.append(text)
 
-    def _arm(self, action: Action) -> None:
-        self._undo.append((action, self._pause.disarm))
-        self._pause.arm(action)
-
     def _release(self, action: Action) -> None:
         # The guests run on the updated host: what fails here must not undo that.
         self._attempt("ending the keeper", lambda: self._pause.release(action))
-        self._attempt("putting cgroups back", self._bring_home)
-        self._attempt("putting memory.min back", self._unprotect)
-        self._attempt("removing the armed record", self._drop_record)
+        self._attempt("putting cgroups back", self._shelter.bring_home)
+        self._attempt("putting memory.min back", self._shelter.unprotect)
+        self._attempt("shortening the record", self._forget)
 
-    def _drop_record(self) -> None:
-        """The record stays as long as `hostupdate resume` has something to do."""
+    def _forget(self) -> None:
+        """Recovery must know the guests as long as `hostupdate resume` has something to do."""
         if not self._pause.unresumed():
-            self._hands.journal.disarm()
+            self._shelter.forget()
+
+    def _guard(self, _action: Action) -> None:
+        self._report.reasons += self._shelter.hold()
+
+    def _unguard(self, _action: Action) -> None:
+        self._attempt("letting others act", self._shelter.let_go)
 
     def _verify(self, _action: Action) -> None:
         self._outcomes.verify()
@@ -343,7 +247,7 @@ class Run:
             self._outcomes.degrade(self._pause.keeper_problem)
         for finding in self._residency.conclude():
             self._outcomes.degrade(finding)
-        self._committed = True
+        self._commit()
 
     # ---- failure
 
@@ -353,21 +257,23 @@ class Run:
         if self._pause.began:
             self._attempt("setting clocks", self._correct_clocks)
         self._end_phase()
-        gc.enable()
         self._telling.release()
-        for action, undo in reversed(self._undo):
+        for number, action, undo in reversed(self._undo):
             problem = ""
+            self._note(Kind.UNDOING, number, must=False)
             try:
                 undo()
             except Exception as undo_error:  # the other undos run whatever this one does
                 problem = _words(undo_error)
                 self._report.reasons.append(f"undo of {action.title!r}: {problem}")
+            done = Kind.UNDO_FAILED if problem else Kind.UNDONE
+            self._note(done, number, problem, must=False)
             if action.undo:
                 self._telling.undone(action, problem)
         self._undo.clear()
         if self._pause.unresumed():
             self._attempt("resuming guests once more", self._pause.retry)
-            self._attempt("removing the armed record", self._drop_record)
+            self._attempt("shortening the record", self._forget)
         if self._pause.unresumed():
             names = ", ".join(self._pause.unresumed())
             self._report.reasons.append(

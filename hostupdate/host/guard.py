@@ -106,8 +106,8 @@ class Guard:
                 when = f"within {format_duration(left_ns)}" if left_ns else "now"
                 busy.append(f"a shutdown of the host is due {when} (shutdown -c cancels it)")
             inhibitor = shutil.which("systemd-inhibit", path=self._path)
-        if inhibitor is None:
-            notes.append("nothing here holds off a shutdown of the host during the run")
+            if inhibitor is None:
+                notes.append("nothing here holds off a shutdown of the host during the run")
         if _is_system(uri):
             path = self._root / _AUTOSTARTED
             if path.parent.is_dir() and not path.exists():

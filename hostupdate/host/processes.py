@@ -64,6 +64,14 @@ def is_same(pid: int, started: int) -> bool:
     return stat is not None and int(stat[_STARTTIME]) == started and stat[0] not in "ZX"
 
 
+def started(pid: int) -> int:
+    """When a living process started, in ticks since boot. ProcessLookupError where it is gone."""
+    stat = _stat(pid)
+    if stat is None:
+        raise ProcessLookupError(ESRCH, os.strerror(ESRCH))
+    return int(stat[_STARTTIME])
+
+
 def _stat(pid: int) -> list[str] | None:
     """Fields of /proc/PID/stat from the state on (proc(5), field 3); None: no such process."""
     try:

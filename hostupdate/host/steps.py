@@ -18,6 +18,8 @@ from hostupdate.durations import format_duration
 from hostupdate.errors import PrerequisiteError, StepError
 from hostupdate.manifest import Step
 
+#: Environment variables that name a process as part of a run.
+RUN, STEP = "HOSTUPDATE_RUN", "HOSTUPDATE_STEP"
 #: How much of a step's output goes into the report; the log file has all of it.
 TAIL_BYTES = 4096
 #: What a step gets to clean up after SIGTERM, once guests run again.
@@ -43,6 +45,7 @@ class PreparedStep:
     undo: Command | None
     log: Path
     log_fd: int
+    environment: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +71,9 @@ class Steps:
         assert run is not None
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._prepared[step.name] = PreparedStep(
-            name=step.name, run=run, verify=verify, undo=undo, log=log, log_fd=fd
-        )
+            name=step.name, run=run, verify=verify, undo=undo, log=log, log_fd=fd,
+            environment=self._environment | {STEP: step.name},
+        )  # fmt: skip
 
     def run(self, name: str, deadline_ns: int, wake_fds: Sequence[int]) -> StepResult:
         """Runs the step and its verification until ``deadline_ns`` (monotonic).
@@ -80,11 +84,11 @@ class Steps:
         """
         step = self._prepared[name]
         start_ns = time.monotonic_ns()
-        status, problem = self._wait(step.run, step.log_fd, deadline_ns, wake_fds)
+        status, problem = self._wait(step.run, step, deadline_ns, wake_fds)
         if not problem and status != 0:
             problem = _ending(status)
         if not problem and step.verify is not None:
-            verified, problem = self._wait(step.verify, step.log_fd, deadline_ns, wake_fds)
+            verified, problem = self._wait(step.verify, step, deadline_ns, wake_fds)
             if not problem and verified != 0:
                 problem = f"its verification {step.verify.argv[0]!r} {_ending(verified)}"
         return StepResult(exit=status, duration_ns=time.monotonic_ns() - start_ns, problem=problem)
@@ -95,7 +99,7 @@ class Steps:
         if step.undo is None:
             return False
         deadline_ns = time.monotonic_ns() + timeout_ns
-        status, problem = self._wait(step.undo, step.log_fd, deadline_ns, ())
+        status, problem = self._wait(step.undo, step, deadline_ns, ())
         if not problem and status != 0:
             problem = _ending(status)
         if problem:
@@ -130,7 +134,7 @@ class Steps:
         self._prepared.clear()
 
     def _wait(
-        self, command: Command, log_fd: int, deadline_ns: int, wake_fds: Sequence[int]
+        self, command: Command, step: PreparedStep, deadline_ns: int, wake_fds: Sequence[int]
     ) -> tuple[int | None, str]:
         started_ns = time.monotonic_ns()
         try:
@@ -138,9 +142,9 @@ class Steps:
                 command.argv,
                 executable=command.program,
                 stdin=subprocess.DEVNULL,
-                stdout=log_fd,
-                stderr=log_fd,
-                env=self._environment,
+                stdout=step.log_fd,
+                stderr=step.log_fd,
+                env=step.environment,
                 start_new_session=True,
             )
         except OSError as error:

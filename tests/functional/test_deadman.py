@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hostupdate.core.keeper import KeeperRecord, Reason, read_record
-from tests.functional.cli import Lab, keepers, kill
+from tests.functional.cli import Lab, end_steps, keepers, kill
 
 Write = Callable[..., Path]
 
@@ -64,7 +64,9 @@ def record_of(lab: Lab) -> KeeperRecord:
 
 
 def wait_keepers(lab: Lab) -> None:
-    """Until the lab's keepers have ended: they do after their recovery command."""
+    """Until the lab's keepers have ended: they do after their recovery command, which waits for
+    the step that was running."""
+    end_steps(lab)
     for pid in keepers(lab):
         try:
             pidfd = os.pidfd_open(pid)

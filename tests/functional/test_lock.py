@@ -55,7 +55,8 @@ def test_a_second_run_is_told_who_holds_the_host(
     assert (second.code, second.data["exit_code"]) == (75, 75), second.err
     assert time.monotonic_ns() - start_ns < 10_000_000_000
     assert "Traceback" not in second.err
-    (run_id,) = [run for run in runs if not (lab.run.state / "runs" / run / "report.json").exists()]
+    ended = {report["run_id"] for report in lab.run("report", "--list", "--json").data["runs"]}
+    (run_id,) = set(runs) - ended
     for words in (f"run {run_id}", f"pid {holder.pid}", "since 20", "hostupdate status"):
         assert words in second.err
         assert words in second.data["error"] + second.data["remedy"]

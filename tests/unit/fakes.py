@@ -14,15 +14,17 @@ from hostupdate.errors import CoreError, GuestError, HypervisorError
 from hostupdate.guestpolicy import GuestPolicy
 from hostupdate.model import (
     Action,
-    ArmedRecord,
     Guest,
     GuestPlace,
     GuestState,
     LocatedGuest,
+    PendingRecord,
     Phase,
     Report,
 )
+from hostupdate.rivals import Held, Rivals
 from hostupdate.skew import Corrected, Skew, Way, Wish
+from hostupdate.unwinding import Kind
 
 
 def located(
@@ -106,7 +108,9 @@ class World:
     corrected: dict[str, Corrected] = field(default_factory=dict)  #: by uuid
     wishes: list[Wish] = field(default_factory=list)
     unplugged: set[str] = field(default_factory=set)
-    armed: ArmedRecord | None = None
+    armed: PendingRecord | None = None
+    records: list[tuple[Kind, int | None]] = field(default_factory=list)
+    ended: bool = False  #: the run, in the journal
     saved: Report | None = None
 
     def note(self, entry: str) -> None:
@@ -304,17 +308,6 @@ class FakeHands:
     def reap(self) -> None:
         pass
 
-    # journal
-    def arm(self, record: ArmedRecord) -> None:
-        self.world.note("record")
-        self.world.armed = record
-
-    def disarm(self) -> None:
-        self.world.armed = None
-
-    def save_report(self, report: Report) -> None:
-        self.world.saved = report
-
     # progress
     def phase(self, phase: Phase, *, paused: bool) -> None:
         assert not self.world.frozen, "told something while guests are paused"
@@ -334,6 +327,52 @@ class FakeHands:
 
     def pending(self) -> str | None:
         return self.world.signal
+
+
+class FakeJournal:
+    """Keeps what is written; ``journal KIND`` in ``fail`` makes it refuse."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.pending = PendingRecord(
+            run_id="r", boot_id="this-boot", uri="qemu:///fake", pid=1, started=1,
+            libvirt_timeout_ns=2 * SECOND,
+        )  # fmt: skip
+
+    def pend(self, record: PendingRecord) -> None:
+        if record.guests:
+            self._world.note("record")
+        self.pending = record
+        self._world.armed = record if record.guests else None
+
+    def note(self, kind: Kind, action: int | None = None, problem: str = "") -> None:
+        self._world.records.append((kind, action))
+        if error := self._world.fail.get(f"journal {kind}"):
+            raise error
+
+    def blackout(self, *, on: bool) -> None:
+        if on:
+            self.note(Kind.BLACKOUT)
+
+    def save_report(self, report: Report) -> None:
+        if error := self._world.fail.get("save_report"):
+            raise error
+        self._world.saved = report
+
+    def end(self) -> None:
+        self._world.ended = True
+
+
+class FakeGuard:
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def hold(self, rivals: Rivals) -> tuple[str, ...]:
+        self._world.note("hold")
+        return ()
+
+    def restore(self, held: Held) -> None:
+        self._world.note("let go")
 
 
 class FakeClocks:
@@ -359,13 +398,13 @@ def hands_of(fake: FakeHands, guests: Sequence[LocatedGuest], *, cgroups: bool =
         clocks=FakeClocks(fake),
         links=fake,
         steps=fake,
-        journal=fake,
+        journal=FakeJournal(fake.world),
+        guard=FakeGuard(fake.world),
         progress=fake,
         interrupts=fake,
         resume_by_monitor=fake.resume_by_monitor,
         is_alive=fake.is_alive,
         versions=lambda: {"kernel": "6"},
         inventory=lambda: fake.world.changed if fake.world.changed is not None else guests,
-        boot_id="this-boot",
         places={guest.guest.uuid: guest.place for guest in guests if guest.place is not None},
     )

@@ -240,6 +240,7 @@ EXAMPLES: dict[str, tuple[errors.HostUpdateError, ExitCode]] = {
     "PrerequisiteError": (errors.PrerequisiteError("it", remedy="mend"), ExitCode.ERROR),
     "RefusedError": (errors.RefusedError(["it", "and that"], remedy="mend"), ExitCode.REFUSED),
     "BusyError": (errors.BusyError("run it, pid 1"), ExitCode.BUSY),
+    "JournalError": (errors.JournalError("f", "it"), ExitCode.ERROR),
     "DeadlineError": (errors.DeadlineError("it", 10**9, remedy="mend"), ExitCode.ERROR),
     "CoreError": (errors.CoreError("it", 28, detail="mend"), ExitCode.ERROR),
     "HypervisorError": (errors.HypervisorError("it", remedy="mend"), ExitCode.ERROR),

@@ -55,7 +55,7 @@ def run(
         config=settings,
         synchronised=fake.world.synchronised,
     )
-    return Run("run", made, settings, hands_of(fake, guests), "qemu:///test").execute()
+    return Run("run", made, settings, hands_of(fake, guests)).execute()
 
 
 def actions(world: World) -> list[str]:

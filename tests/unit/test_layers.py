@@ -18,7 +18,17 @@ PACKAGE = Path(__file__).parents[2] / "hostupdate"
 #: Row -> its modules and packages, by their name directly below ``hostupdate``.
 ROWS = {
     "words": {"errors", "durations", "manifest", "config", "guestpolicy", "model", "rivals"},
-    "judgement": {"plan", "prediction", "impact", "rollout", "events", "timeline", "skew"},
+    "judgement": {
+        "plan",
+        "prediction",
+        "impact",
+        "rollout",
+        "events",
+        "timeline",
+        "skew",
+        "unwinding",
+    },
+    "faults": {"faults"},
     "core": {"core"},
     "hands": {"guests", "host", "journal", "qmp", "handover", "clocks", "keeper"},
     "engine": {"engine"},
@@ -30,9 +40,10 @@ ROWS = {
 MAY_IMPORT = {
     "words": {"words"},
     "judgement": {"words", "judgement"},
+    "faults": {"words"},
     "core": {"words", "judgement"},
-    "hands": {"words", "judgement", "core"},  # not each other
-    "engine": {"words", "judgement"},  # it is given its hands
+    "hands": {"words", "judgement", "core", "faults"},  # not each other
+    "engine": {"words", "judgement", "faults"},  # it is given its hands
     "lab": {"words", "judgement", "hands"},
     "faces": set(ROWS),
     "root": set(),

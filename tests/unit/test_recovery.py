@@ -15,14 +15,14 @@ from hostupdate.errors import (
     DeadlineError,
     GuestError,
     HypervisorError,
-    PrerequisiteError,
+    JournalError,
 )
 from hostupdate.model import (
     ArmedGuest,
-    ArmedRecord,
     ExitCode,
     GuestState,
     PauseMethod,
+    PendingRecord,
     Report,
 )
 from tests.unit.fakes import FakeHands, Result, Sizes, World, hands_of, located
@@ -31,7 +31,7 @@ from tests.unit.test_plan import manifest, plan, step
 TIMEOUT_NS = 2_000_000_000
 
 
-def record(method: PauseMethod = PauseMethod.FREEZE, *names: str) -> ArmedRecord:
+def record(method: PauseMethod = PauseMethod.FREEZE, *names: str) -> PendingRecord:
     guests = tuple(
         ArmedGuest(
             name=name,
@@ -43,12 +43,13 @@ def record(method: PauseMethod = PauseMethod.FREEZE, *names: str) -> ArmedRecord
         )
         for number, name in enumerate(names or ("a", "b"), start=100)
     )
-    return ArmedRecord(
+    return PendingRecord(
         run_id="r",
         boot_id="boot",
         libvirt_timeout_ns=TIMEOUT_NS,
         uri="qemu:///fake",
         pid=1,
+        started=1,
         method=method,
         cgroup2="/fake",
         memory_min={"/m": "0"},
@@ -119,11 +120,11 @@ class Host:
         if not self.monitors:
             raise HypervisorError("taken")
 
-    def recover(self, armed: ArmedRecord) -> dict[str, str]:
+    def recover(self, armed: PendingRecord) -> dict[str, str]:
         self.result = self.recovered(armed)
         return self.result.problems
 
-    def recovered(self, armed: ArmedRecord) -> Recovered:
+    def recovered(self, armed: PendingRecord) -> Recovered:
         hands = RecoveryHands(
             thaw=self.thaw,
             is_frozen=lambda guest: guest.name in self.iced,
@@ -291,7 +292,7 @@ def fake(world: World) -> Iterator[FakeHands]:
 def run(fake: FakeHands) -> Report:
     guests = (located("a"), located("b"))
     made = plan(manifest("", step("blackout", "one", **UNDO)), *guests, method="stop")
-    return Run("run", made, Config(), hands_of(fake, guests), "qemu:///test").execute()
+    return Run("run", made, Config(), hands_of(fake, guests)).execute()
 
 
 def test_guests_that_nobody_could_resume_are_left_to_hostupdate_resume(
@@ -341,15 +342,12 @@ def test_guests_that_are_dead_leave_nothing_to_resume(world: World, fake: FakeHa
 def test_a_report_that_cannot_be_kept_is_still_given_with_the_true_outcome(
     world: World, fake: FakeHands, failing: bool, code: ExitCode
 ) -> None:
-    def full(report: Report) -> None:
-        raise PrerequisiteError("report.json cannot be written: No space left", remedy="make room")
-
-    fake.save_report = full  # type: ignore[method-assign]
+    world.fail["save_report"] = JournalError("journal.db", "database or disk is full")
     if failing:
         world.results["one"] = Result(exit=1, problem="ended with exit status 1")
     report = run(fake)
     assert report.exit_code == code
-    assert any("the report is not kept: report.json" in reason for reason in report.reasons)
+    assert any("the report is not kept: journal journal.db" in reason for reason in report.reasons)
 
 
 def test_a_guest_that_is_gone_when_its_ram_is_measured_is_named(

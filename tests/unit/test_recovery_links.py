@@ -8,7 +8,7 @@ import pytest
 
 from hostupdate.engine.recovery import RecoveryHands, RecoveryHypervisor, recover
 from hostupdate.errors import HypervisorError
-from hostupdate.model import ArmedGuest, ArmedRecord, GuestState, PauseMethod
+from hostupdate.model import ArmedGuest, GuestState, PauseMethod, PendingRecord
 
 
 class Libvirt:
@@ -24,7 +24,7 @@ class Libvirt:
         return {uuid: 1 for uuid, _ in guests}
 
 
-def record(method: PauseMethod, *links: tuple[str, ...]) -> ArmedRecord:
+def record(method: PauseMethod, *links: tuple[str, ...]) -> PendingRecord:
     guests = tuple(
         ArmedGuest(
             name=f"g{n}", uuid=f"u{n}", pid=n, started=1, cgroup=None, home_cgroup=None,
@@ -32,9 +32,9 @@ def record(method: PauseMethod, *links: tuple[str, ...]) -> ArmedRecord:
         )
         for n, macs in enumerate(links)
     )  # fmt: skip
-    return ArmedRecord(
-        run_id="r", boot_id="boot", uri="test", pid=1, method=method, libvirt_timeout_ns=1,
-        cgroup2=None, guests=guests,
+    return PendingRecord(
+        run_id="r", boot_id="boot", uri="test", pid=1, started=1, method=method,
+        libvirt_timeout_ns=1, cgroup2=None, guests=guests,
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ class Host:
             raise HypervisorError("no")
         self.log.append(f"connect {guest.name}")
 
-    def recover(self, what: ArmedRecord) -> dict[str, str]:
+    def recover(self, what: PendingRecord) -> dict[str, str]:
         hands = RecoveryHands(
             boot_id="boot",
             is_frozen=lambda _guest: False,

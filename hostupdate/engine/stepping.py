@@ -1,0 +1,65 @@
+"""The manifest's steps in a run: bounded by the blackout, undone when the run fails."""
+
+from __future__ import annotations
+
+import time
+
+from hostupdate.engine.pause import Pause
+from hostupdate.engine.ports import Hands
+from hostupdate.errors import Interrupted, StepError
+from hostupdate.model import Action, Phase, Plan, Report, StepReport
+
+#: For steps of stage and finish that name no time-out of their own.
+BROWNOUT_STEP_NS = 600_000_000_000
+UNDO_NS = 60_000_000_000
+
+
+class Stepping:
+    """Runs and undoes steps, into the report."""
+
+    def __init__(self, plan: Plan, hands: Hands, pause: Pause, report: Report) -> None:
+        self._plan = plan
+        self._hands = hands
+        self._pause = pause
+        self._report = report
+        self._reports: dict[str, StepReport] = {}
+
+    def check_interrupted(self) -> None:
+        """Interrupted, where a signal asked for it."""
+        signal = self._hands.interrupts.pending()
+        if signal is not None:
+            raise Interrupted(f"stopped by {signal}")
+
+    def run(self, action: Action) -> None:
+        """Runs a step. StepError: it failed, was late, or the blackout had to end."""
+        report = StepReport(name=action.step, phase=action.phase)
+        self._report.steps.append(report)
+        self._reports[action.step] = report
+        now_ns = time.monotonic_ns()
+        paused = action.phase is Phase.BLACKOUT and self._plan.method is not None
+        wake_fds = [self._hands.interrupts.fileno()]
+        if paused:
+            wake_fds += self._pause.wake_fds
+            deadline_ns = self._pause.steps_end_ns
+            if action.timeout_ns is not None:
+                deadline_ns = min(deadline_ns, now_ns + action.timeout_ns)
+        else:
+            deadline_ns = now_ns + (action.timeout_ns or BROWNOUT_STEP_NS)
+        result = self._hands.steps.run(action.step, deadline_ns, wake_fds)
+        report.exit, report.duration_ns, report.problem = (
+            result.exit, result.duration_ns, result.problem,
+        )  # fmt: skip
+        if result.problem:
+            self.check_interrupted()
+            if paused and self._pause.alarmed():
+                report.problem += ": the budget is over, the keeper has let the guests run"
+            raise StepError(action.step, report.problem)
+
+    def undo(self, action: Action) -> None:
+        """Undoes a step that has begun, whether or not it ended. StepError: the undo failed."""
+        self._hands.steps.reap()
+        report = self._reports.get(action.step)
+        if action.undo_argv and report is not None:
+            report.undone = False
+            report.undone = self._hands.steps.undo(action.step, UNDO_NS)
+            self._report.undone.append(action.step)

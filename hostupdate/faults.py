@@ -1,0 +1,35 @@
+"""Named places at which tests make a run fail or stand still. Inert unless asked for.
+
+``HOSTUPDATE_FAULT`` names one place and what happens there::
+
+    HOSTUPDATE_FAULT=freeze.end=fail       it raises FaultError
+    HOSTUPDATE_FAULT=freeze.end=stop       the process stops as by SIGSTOP, for a test to kill it,
+                                           to break something around it, or to let it go on
+
+Places in the engine are ``KIND.begin`` and ``KIND.end`` for each kind of action, in the recovery
+``resume.WHAT``. The C core has its own, compiled in only where HOSTUPDATE_FAULTS was set when it
+was built (csrc/fault.h).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from hostupdate.errors import HostUpdateError
+
+_PLACE, _, _MODE = os.environ.get("HOSTUPDATE_FAULT", "").partition("=")
+
+
+class FaultError(HostUpdateError):
+    """A test asked for it."""
+
+
+def point(place: str) -> None:
+    """Does what was asked for at this place, and nothing where nothing was."""
+    if place != _PLACE:
+        return
+    if _MODE == "fail":
+        raise FaultError(f"fault at {place}")
+    if _MODE == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
