@@ -1,7 +1,7 @@
 """Builds the extension ``hostupdate._core`` from the C core; setup.py names it.
 
 HOSTUPDATE_DEVELOPER=1 turns warnings into errors, HOSTUPDATE_SANITIZE=1 builds with the address and
-undefined-behaviour sanitizers. Run it through setuptools only: by hand it would leave a library in
+undefined-behaviour sanitizers, HOSTUPDATE_FAULTS=1 with the fault points of fault.h. Run it through setuptools only: by hand it would leave a library in
 the package whose name outranks the built one.
 """
 
@@ -42,6 +42,7 @@ FORTIFY_FLAGS = ["-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
 SANITIZE_FLAGS = ["-U_FORTIFY_SOURCE", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
 
 developer = os.environ.get("HOSTUPDATE_DEVELOPER") == "1"
+faults = os.environ.get("HOSTUPDATE_FAULTS") == "1"
 sanitize = os.environ.get("HOSTUPDATE_SANITIZE") == "1"
 
 ffibuilder = FFI()
@@ -51,12 +52,13 @@ ffibuilder.set_source(
     '#include "hostupdate.h"',
     # Relative to setup.py, as setuptools wants them.
     sources=[f"csrc/{name}.c" for name in SOURCES if (HERE / f"{name}.c").exists()],
-    depends=["csrc/hostupdate.h", "csrc/internal.h", "csrc/ram.h", "csrc/core.cdef"],
+    depends=["csrc/hostupdate.h", "csrc/internal.h", "csrc/fault.h", "csrc/ram.h", "csrc/core.cdef"],
     include_dirs=["csrc"],
     extra_compile_args=[
         *FLAGS,
         *(SANITIZE_FLAGS if sanitize else FORTIFY_FLAGS),
         *(DEVELOPER_FLAGS if developer else []),
+        *(["-DHU_FAULTS"] if faults else []),
     ],
     extra_link_args=["-fsanitize=address,undefined"] if sanitize else [],
 )

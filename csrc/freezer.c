@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "fault.h"
 #include "internal.h"
 
 /*
@@ -288,6 +289,8 @@ int hu_guests_freeze(const struct hu_guest *guests, size_t count, int64_t deadli
 
 		hu_guests_ask(guests, count, true, waits);
 		priority_restore(&before);
+		if (waits[0].error == 0)
+			waits[0].error = hu_fault("core.freeze");
 		hu_guests_settle(guests, count, true, deadline_monotonic_ns, waits, polls);
 		for (failed = 0; failed < count && waits[failed].error == 0; failed++)
 			;
@@ -333,6 +336,8 @@ int hu_guests_thaw(const struct hu_guest *guests, size_t count, int64_t deadline
 	hu_guests_ask(guests, count, false, waits);
 	hu_guests_settle(guests, count, false, deadline_monotonic_ns, waits, polls);
 	priority_restore(&before);
+	if (waits[0].error == 0)
+		waits[0].error = hu_fault("core.thaw");
 	for (size_t i = 0; i < count; i++) {
 		ret_stamps[i] = waits[i].stamp;
 		if (error == 0)

@@ -119,6 +119,13 @@ int hu_keeper_disarm(int32_t control_fd, int64_t timeout_ns);
  */
 int hu_keeper_stop(const struct hu_keeper *keeper, int64_t timeout_ns);
 
+/* 1 where the places of fault.h are compiled in. */
+#ifdef HU_FAULTS
+#define HU_FAULT_POINTS 1
+#else
+#define HU_FAULT_POINTS 0
+#endif
+
 /* ---- ram: where a guest's memory is ---- */
 
 enum hu_ram_backing {

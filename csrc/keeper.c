@@ -24,6 +24,7 @@
 #include <sys/socket.h>
 #include <sys/wait.h>
 
+#include "fault.h"
 #include "internal.h"
 
 /* How long a killed orchestrator may take to go; one in a hung system call never does. */
@@ -332,6 +333,7 @@ static _Noreturn void end(const struct keeper *keeper)
 static _Noreturn void take_over(struct keeper *keeper)
 {
 	if (keeper->state != STATE_FIRED) {
+		(void)hu_fault("core.keeper.fire");
 		fire(keeper, "orchestrator-gone");
 	} else {
 		if (wait_readable(keeper->orchestrator, 0) < 0) {
@@ -342,6 +344,7 @@ static _Noreturn void take_over(struct keeper *keeper)
 		}
 		let_run_again(keeper);
 	}
+	(void)hu_fault("core.keeper.recover");
 	recover(keeper);
 	end(keeper);
 }
@@ -441,6 +444,8 @@ static _Noreturn void child(struct keeper *keeper, const int32_t *keep_fds, size
 	struct message ready = { .type = MESSAGE_READY };
 
 	ready.result = become_keeper(keeper, keep_fds, keep_count);
+	if (ready.result == 0)
+		ready.result = hu_fault("core.keeper.ready");
 	if (ready.result == 0) {
 		lock_memory(keeper, &ready);
 		record(keeper, "ready %" PRId64 " pid=%d locked_bytes=%" PRId64 " lock_error=%d\n",

@@ -46,6 +46,7 @@ class _Lib:
     def hu_keeper_disarm(self, control_fd: int, timeout_ns: int, /) -> int: ...
     def hu_keeper_stop(self, keeper: CData, timeout_ns: int, /) -> int: ...
 
+    HU_FAULT_POINTS: int
     HU_RAM_ANONYMOUS: int
     HU_RAM_MEMFD: int
     HU_RAM_SHMEM: int

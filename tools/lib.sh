@@ -243,7 +243,7 @@ install_project() { # regular|editable: into the virtual environment, if the sou
 	rm -f "$stamp"
 	if [[ $how == editable ]]; then
 		begin "building hostupdate in place, with its test tools (pip install -e .[test])"
-		HOSTUPDATE_DEVELOPER=1 quietly "$venv/bin/pip" install -e "${checkout}[test]"
+		HOSTUPDATE_DEVELOPER=1 HOSTUPDATE_FAULTS=1 quietly "$venv/bin/pip" install -e "${checkout}[test]"
 	else
 		begin "building and installing hostupdate (pip install)"
 		# From a copy: a build in the checkout would leave files there, and take old ones along.
