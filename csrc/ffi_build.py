@@ -52,7 +52,13 @@ ffibuilder.set_source(
     '#include "hostupdate.h"',
     # Relative to setup.py, as setuptools wants them.
     sources=[f"csrc/{name}.c" for name in SOURCES if (HERE / f"{name}.c").exists()],
-    depends=["csrc/hostupdate.h", "csrc/internal.h", "csrc/fault.h", "csrc/ram.h", "csrc/core.cdef"],
+    depends=[
+        "csrc/hostupdate.h",
+        "csrc/internal.h",
+        "csrc/fault.h",
+        "csrc/ram.h",
+        "csrc/core.cdef",
+    ],
     include_dirs=["csrc"],
     extra_compile_args=[
         *FLAGS,

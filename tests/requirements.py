@@ -28,11 +28,29 @@ def _nobody() -> bool:
     return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
+#: Runs what follows in a container of this machine's files: its usage is in the script.
+BOOTED = (
+    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+    str(Path(__file__).with_name("functional") / "booted"),
+)
+
+
+def _container() -> bool:
+    if not all(map(shutil.which, ("unshare", "systemd-nspawn", "dbus-daemon", "systemd-inhibit"))):
+        return False
+    argv = [*BOOTED, "/mnt", "/mnt", "/mnt", "true"]
+    return subprocess.run(argv, capture_output=True, check=False, timeout=60).returncode == 0
+
+
 _CHECKS: dict[str, tuple[Callable[[], object], str]] = {
     "root": (lambda: os.geteuid() == 0, "must run as root"),
     "cgroup2": (_cgroup2, "no cgroup v2 tree is mounted"),
     "qemu": (lambda: shutil.which("qemu-system-x86_64"), "qemu-system-x86 is not installed"),
     "libvirt": (lambda: shutil.which("libvirtd"), "libvirtd is not installed"),
+    "container": (
+        _container,
+        "systemd-container and dbus are not installed, or containers cannot be run here",
+    ),
     "lab": (
         lambda: shutil.which("cc") and shutil.which("apt-get"),
         "cc and apt-get are needed to build lab guests",
