@@ -6,8 +6,8 @@
     HOSTUPDATE_FAULT=freeze.end=stop       the process stops as by SIGSTOP, for a test to kill it,
                                            to break something around it, or to let it go on
 
-Places in the engine are ``KIND.begin`` and ``KIND.end`` for each kind of action, in the recovery
-``resume.WHAT``. The C core has its own, compiled in only where HOSTUPDATE_FAULTS was set when it
+Places in the engine are ``KIND.begin`` and ``KIND.end`` for each kind of action (``step:NAME`` for
+steps), in the recovery ``resume.WHAT``. The C core has its own, compiled in only where HOSTUPDATE_FAULTS was set when it
 was built (csrc/fault.h).
 """
 

@@ -42,6 +42,12 @@ def _container() -> bool:
     return subprocess.run(argv, capture_output=True, check=False, timeout=60).returncode == 0
 
 
+def _faults() -> bool:
+    from hostupdate._core import lib
+
+    return bool(lib.HU_FAULT_POINTS)
+
+
 _CHECKS: dict[str, tuple[Callable[[], object], str]] = {
     "root": (lambda: os.geteuid() == 0, "must run as root"),
     "cgroup2": (_cgroup2, "no cgroup v2 tree is mounted"),
@@ -58,6 +64,7 @@ _CHECKS: dict[str, tuple[Callable[[], object], str]] = {
     "c": (lambda: shutil.which("make") and shutil.which("gcc"), "make and gcc are needed"),
     "nobody": (_nobody, "another user cannot reach this interpreter and the package"),
     "systemd-analyze": (lambda: shutil.which("systemd-analyze"), "systemd is not installed"),
+    "faults": (_faults, "the extension was built without HOSTUPDATE_FAULTS=1"),
     "strace": (lambda: shutil.which("strace"), "strace is not installed"),
     "valgrind": (lambda: shutil.which("valgrind"), "valgrind is not installed"),
 }

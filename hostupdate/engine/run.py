@@ -160,13 +160,14 @@ class Run:
         start_ns = time.monotonic_ns()
         problem = ""
         do, undo = self._doing[action.kind]
+        place = f"{action.kind}:{action.step}" if action.step else action.kind
         try:
             self._note(Kind.INTENT, number)
             if undo is not None:
                 self._undo.append((number, action, lambda: undo(action)))
-            faults.point(f"{action.kind}.begin")
+            faults.point(f"{place}.begin")
             do(action)
-            faults.point(f"{action.kind}.end")
+            faults.point(f"{place}.end")
             self._note(Kind.DONE, number)
         except BaseException as error:
             problem = _words(error)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from hostupdate.errors import InputError
+from hostupdate.errors import InputError, JournalError
 from hostupdate.journal.database import Database
 from hostupdate.journal.pending import remove_pending, write_pending
 from hostupdate.model import GuestState, PendingRecord, Plan, Report
@@ -82,7 +82,8 @@ class RunJournal:
         )  # fmt: skip
 
     def save_report(self, report: Report) -> None:
-        """The run's result, in place of an earlier one."""
+        """The run's result, in place of an earlier one; read back, by one who knows nothing of it:
+        a file that was damaged while it was open does not show that to those who have it open."""
         with self._database.transaction():
             self._database.write(
                 "UPDATE run SET report = ? WHERE id = ?", msgspec.json.encode(report), self._run_id
@@ -92,6 +93,13 @@ class RunJournal:
                     "UPDATE guest SET state_after = ? WHERE run_id = ? AND uuid = ?",
                     str(guest.state_after or GuestState.UNKNOWN), self._run_id, guest.uuid,
                 )  # fmt: skip
+        stranger = Database(self._database.path, write=False)
+        try:
+            kept = stranger.rows("SELECT report FROM run WHERE id = ?", self._run_id)
+        finally:
+            stranger.close()
+        if kept != [(msgspec.json.encode(report),)]:
+            raise JournalError(str(self._database.path), "it does not hold what was written")
 
     def end(self) -> None:
         """Nothing is left to do for anybody: the run has ended. Safe to repeat.

@@ -17,6 +17,23 @@ from tests.functional.owner import act
 from tests.requirements import need
 
 GUESTS = 2
+#: Of the fault matrix: (method, place, fault) -> how it ended.
+TABLE: dict[tuple[str, str, str], str] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the fault matrix: a row a place, a column a fault."""
+    for method in dict.fromkeys(key[0] for key in TABLE):
+        rows = {key[1:]: cell for key, cell in TABLE.items() if key[0] == method}
+        columns = list(dict.fromkeys(fault for _, fault in rows))
+        places = list(dict.fromkeys(place for place, _ in rows))
+        terminalreporter.section(f"faults, {method}: {len(rows)} cases, each guest runs once")
+        lines = [["place", *columns]]
+        lines += [[p, *(rows.get((p, column), "") for column in columns)] for p in places]
+        widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+        for line in lines:
+            cells = (word.ljust(width) for word, width in zip(line, widths, strict=True))
+            terminalreporter.write_line("  ".join(cells).rstrip())
 
 
 @pytest.fixture(scope="session")

@@ -122,29 +122,34 @@ class DaemonLab:
         built = image.build(cache)
         acceleration = accelerator.probe(built, cache)
         self.daemon = Daemon(base, hide_kvm=acceleration.kind != "kvm")
+        self._guests, self._image, self._acceleration = guests, built, acceleration
         self._state = base / "state"
         self._root = self._state / "lab"
         self._root.mkdir(parents=True)
         self.daemon.ensure()
         try:
             fleet.prepare_root(self._root)
-            hypervisor = Hypervisor(self.daemon.uri, timeout_ns=_CALL_NS)
-            try:
-                made = fleet.up(
-                    LabGuests(hypervisor),
-                    self._root,
-                    guests,
-                    _MEMORY,
-                    image=built,
-                    acceleration=acceleration,
-                )
-            finally:
-                hypervisor.close()
+            made = self.replenish()
         except BaseException:
             self.daemon.end()
             raise
         program = Program(self._state).with_options("--connect", self.daemon.uri)
         self.lab = Lab(program, tuple(guest.name for guest in made))
+
+    def replenish(self) -> tuple[fleet.GuestStatus, ...]:
+        """Makes the guests that are not there."""
+        hypervisor = Hypervisor(self.daemon.uri, timeout_ns=_CALL_NS)
+        try:
+            return fleet.up(
+                LabGuests(hypervisor),
+                self._root,
+                self._guests,
+                _MEMORY,
+                image=self._image,
+                acceleration=self._acceleration,
+            )
+        finally:
+            hypervisor.close()
 
     def remove(self) -> None:
         """The guests and the daemon."""

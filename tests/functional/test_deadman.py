@@ -67,6 +67,11 @@ def wait_keepers(lab: Lab) -> None:
     """Until the lab's keepers have ended: they do after their recovery command, which waits for
     the step that was running."""
     end_steps(lab)
+    await_keepers(lab)
+
+
+def await_keepers(lab: Lab) -> None:
+    """The same, and their recovery may wait for steps."""
     for pid in keepers(lab):
         try:
             pidfd = os.pidfd_open(pid)

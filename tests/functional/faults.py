@@ -1,0 +1,238 @@
+"""Runs that something happens to: an apply that stands still at a place, and what is true after."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import libvirt
+
+from hostupdate.host.cgroups import find_cgroup2
+from tests.functional.cli import Ended, Lab, keepers, pids_naming
+from tests.functional.daemon import DaemonLab
+from tests.functional.test_deadman import await_keepers
+
+#: Every step leaves a mark, and its undo takes the mark away: an update is there or it is not.
+MANIFEST = """\
+[update]
+name = "fault"
+budget = "{budget}"
+[[step]]
+name = "fetch"
+phase = "stage"
+run = ["touch", "{marks}/fetch"]
+undo = ["rm", "-f", "{marks}/fetch"]
+[[step]]
+name = "swap"
+phase = "blackout"
+run = ["touch", "{marks}/swap"]
+undo = ["rm", "-f", "{marks}/swap"]
+timeout = "500ms"
+[[step]]
+name = "tidy"
+phase = "finish"
+run = ["touch", "{marks}/tidy"]
+"""
+CONFIG = """\
+[clock]
+hold-network = true
+trust-host = true
+timeout = "3s"
+[deadlines]
+libvirt = "5s"
+[pause]
+stop-timeout = "4s"
+"""
+_END_S = 90
+
+
+@dataclass
+class Bench:
+    """Guests under a daemon, and a state directory for runs on a disk of their own."""
+
+    made: DaemonLab
+    base: Path
+    marks: Path = field(init=False)
+    damaged: bool = False
+
+    def __post_init__(self) -> None:
+        self.disk = self.base / "disk"
+        self.disk.mkdir()
+        # Small enough to be filled at once, large enough for what a run reserves.
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=24m,mode=755", "none", str(self.disk)], check=True
+        )
+        self.state = self.disk / "state"
+        self.marks = self.base / "marks"
+        self.marks.mkdir()
+        self.manifest = self.base / "update.toml"
+        self.manifest.write_text(MANIFEST.format(marks=self.marks, budget="6s"))
+        self.config = self.base / "hostupdate.toml"
+        self.config.write_text(CONFIG)
+        program = type(self.made.lab.run)(self.state)
+        self.lab = Lab(
+            program.with_options("--connect", self.made.daemon.uri, "--config", str(self.config)),
+            self.made.lab.names,
+        )
+        self.uuids = self.learn_uuids()
+
+    def learn_uuids(self) -> dict[str, str]:
+        """Of the guests, by name; a guest that was made anew has another."""
+        connection = libvirt.open(self.made.daemon.uri)
+        self.uuids = {name: connection.lookupByName(name).UUIDString() for name in self.lab.names}
+        connection.close()
+        return self.uuids
+
+    def remove(self) -> None:
+        subprocess.run(["umount", str(self.disk)], check=True)
+
+    # ---- runs
+
+    def apply(self, method: str, fault: str = "") -> subprocess.Popen[str]:
+        """Starts a run, with a fault at a place or none."""
+        environment = {**os.environ, "HOSTUPDATE_FAULT": fault}
+        argv = [*self.lab.run._argv, "apply", str(self.manifest), "--json", "--yes"]
+        return subprocess.Popen(
+            [*argv, "--pause-method", method],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def stands_still(self, process: subprocess.Popen[str]) -> bool:
+        """Waits until the process has stopped at its place; False: it has ended, unhindered."""
+        deadline_ns = time.monotonic_ns() + _END_S * 1_000_000_000
+        while time.monotonic_ns() < deadline_ns:
+            found = os.waitid(
+                os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+            )
+            if found is not None:
+                return found.si_code == os.CLD_STOPPED
+            time.sleep(0.005)
+        raise AssertionError("it neither stopped nor ended")
+
+    def end(self, process: subprocess.Popen[str]) -> Ended:
+        """Waits for the end of a run, and of its keeper and recovery."""
+        out, err = process.communicate(timeout=_END_S)
+        await_keepers(self.lab)
+        return Ended(process.returncode, out, err)
+
+    @property
+    def interrupted(self) -> bool:
+        return (self.state / "pending.json").exists()
+
+    def resume(self) -> Ended | None:
+        """What an operator would do, or the next boot: None where there is nothing to do."""
+        if not self.interrupted:
+            return None
+        ended = self.lab.run("resume")
+        assert "Traceback" not in ended.err, ended.err
+        assert not self.interrupted, (ended.code, ended.out, ended.err)
+        return ended
+
+    # ---- what is true after it
+
+    def pids(self) -> dict[str, int]:
+        """The one QEMU process of each guest that has one."""
+        found = {}
+        for name in self.lab.names:
+            pids = pids_naming(self.uuids[name])
+            assert len(pids) <= 1, f"{name} runs {len(pids)} times"
+            if pids:
+                found[name] = pids[0]
+        return found
+
+    def states(self) -> dict[str, int]:
+        """libvirt's state of each guest."""
+        connection = libvirt.open(self.made.daemon.uri)
+        try:
+            deadline_ns = time.monotonic_ns() + 5_000_000_000
+            while True:
+                found = {name: connection.lookupByName(name).state()[0] for name in self.lab.names}
+                running = set(found.values()) == {libvirt.VIR_DOMAIN_RUNNING}
+                # A daemon that has just been started tells what it remembers at first.
+                if running or time.monotonic_ns() > deadline_ns:
+                    return found
+                time.sleep(0.05)
+        finally:
+            connection.close()
+
+    def assert_each_runs_once(self, before: dict[str, int], lost: str = "") -> None:
+        """The promise: each guest runs exactly once, its memory intact, nothing of ours is left."""
+        expected = {name: pid for name, pid in before.items() if name != lost}
+        assert self.pids() == expected
+        running = Lab(self.made.lab.run, tuple(expected))
+        running.assert_healthy()
+        states = self.states()
+        assert {states[name] for name in expected} == {libvirt.VIR_DOMAIN_RUNNING}
+        assert not keepers(self.lab)
+        mount = find_cgroup2()
+        assert mount is not None
+        for uuid in self.uuids.values():
+            assert not (mount / "hostupdate" / uuid).exists(), "a cgroup of ours is left"
+        assert not self.interrupted
+
+    def marks_left(self) -> set[str]:
+        return {path.name for path in self.marks.iterdir()}
+
+    def clear_marks(self) -> None:
+        for path in self.marks.iterdir():
+            path.unlink()
+
+
+# ---- what happens to it
+
+
+@contextmanager
+def full_disk(bench: Bench) -> Iterator[None]:
+    """Not a byte is left where the journal lies."""
+    path = bench.disk / "ballast"
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+        except OSError:
+            pass
+    yield
+    path.unlink()
+
+
+def corrupt_journal(bench: Bench) -> None:
+    """The database and its log are overwritten in place, as by a broken disk."""
+    bench.damaged = True
+    for name in ("journal.db", "journal.db-wal"):
+        path = bench.state / name
+        if path.exists():
+            with open(path, "r+b") as file:
+                file.write(b"\xa5" * path.stat().st_size)
+
+
+@contextmanager
+def stepped_clock(step_s: int) -> Iterator[None]:
+    """The host's real time jumps, and jumps back at the end."""
+
+    def step(seconds: int) -> None:
+        now = time.clock_gettime_ns(time.CLOCK_REALTIME)
+        time.clock_settime_ns(time.CLOCK_REALTIME, now + seconds * 1_000_000_000)
+
+    step(step_s)
+    try:
+        yield
+    finally:
+        step(-step_s)
+
+
+def kill_pid(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        print(f"pid {pid} is gone already", file=sys.stderr)
