@@ -22,12 +22,14 @@ from hostupdate.errors import CoreError, HostUpdateError, HypervisorError, Prere
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.links import Links
 from hostupdate.guests.monitor import resume_by_monitor
-from hostupdate.host import processes
+from hostupdate.guests.vitals import VitalSigns
+from hostupdate.host import processes, threads
 from hostupdate.host.cgroups import Cgroups, find_cgroup2
 from hostupdate.host.interrupts import Interrupts
 from hostupdate.host.memory import Memory
 from hostupdate.host.places import locate
 from hostupdate.host.steps import Steps, program_version
+from hostupdate.host.storage import Storage
 from hostupdate.journal import Journal
 from hostupdate.manifest import Manifest
 from hostupdate.model import GuestPlace, LocatedGuest
@@ -66,6 +68,11 @@ def open_cgroups(config: Config) -> Cgroups | None:
 def located_guests(hypervisor: Hypervisor, cgroups: Cgroups | None) -> list[LocatedGuest]:
     """Every guest and its place."""
     return locate(hypervisor.guests(), cgroups)
+
+
+def vital_signs(hypervisor: Hypervisor) -> VitalSigns:
+    """Looks at guests, and at what they need of this host."""
+    return VitalSigns(hypervisor, storage=Storage().probe, threads=threads.stuck)
 
 
 class HostClock:
