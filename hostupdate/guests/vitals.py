@@ -51,10 +51,10 @@ class VitalSigns:
     def look(self, guests: Sequence[tuple[str, int]], timeout_ns: int) -> dict[str, Vitals]:
         """Looks at the running guests, given as (uuid, pid of its QEMU), all at once.
 
-        Never raises for a guest: what does not answer is told in its vitals. Takes little more
-        than twice ``timeout_ns`` at most, and milliseconds where all is well. A guest that hangs keeps no other from
-        being looked at. Nothing is changed; a question that QEMU does not answer stays with it, and
-        keeps libvirt's job lock of that one guest until it does.
+        Never raises for a guest: what does not answer is told in its vitals, and keeps no other
+        from being looked at. Takes little more than twice ``timeout_ns`` at most, milliseconds
+        where all is well. Nothing is changed; a question that QEMU does not answer stays with it,
+        and keeps libvirt's job lock of that one guest until it does.
         """
         looks = [_Look(uuid, pid, self._hypervisor, self._threads) for uuid, pid in guests]
         try:
