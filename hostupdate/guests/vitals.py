@@ -116,7 +116,7 @@ class _Look:
         xml = self._own.call(
             "describe a guest", lambda c: c.lookupByUUIDString(self.uuid).XMLDesc()
         )
-        self.disks = {target: [(self._pid, p) for p in paths] for target, paths in _disks(xml)}
+        self.disks = {target: [(self._pid, p) for p in paths] for target, paths in disk_paths(xml)}
         self.links = {mac: link_state(device) for mac, device in interfaces(xml).items()}
         channels = ET.fromstring(xml).iterfind("devices/channel/target")
         self._has_agent = any(channel.get("name") == _AGENT_CHANNEL for channel in channels)
@@ -205,7 +205,7 @@ def _round_trip(domain: Any) -> None:
     domain.migrateGetMaxDowntime()
 
 
-def _disks(xml: str) -> list[tuple[str, list[str]]]:
+def disk_paths(xml: str) -> list[tuple[str, list[str]]]:
     """Each disk's target and the paths of this host that it lies on, backing files included.
 
     Not those of a host's own CD drive: to open it would move its tray.

@@ -22,7 +22,7 @@ from hostupdate.guests.vitals import VitalSigns
 from hostupdate.host.processes import find_qemus
 from hostupdate.host.storage import Storage
 from hostupdate.vitals import Vitals, blockers, changes, warnings
-from tests.functional import silent_fs
+from tests import silent_fs
 from tests.functional.cli import Lab
 from tests.functional.conftest import make_cache
 from tests.functional.daemon import DaemonLab
