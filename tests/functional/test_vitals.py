@@ -178,7 +178,7 @@ def test_a_backup_holds_a_guest(watched: Watched) -> None:
     watched.domain(lambda domain: domain.backupBegin(xml, None))
     busy = watched.look()[0]
     watched.domain(lambda domain: domain.abortJob())
-    assert busy.job == "backup"
+    assert (busy.job, busy.monitor) == ("backup", "")
     assert "virsh domjobabort" in blockers(busy)[0]
     assert watched.look()[0].job == ""
 

@@ -69,7 +69,22 @@ def test_one_that_does_not_answer_keeps_no_other_waiting(tmp_path: Path) -> None
         os.waitpid(-1, os.WNOHANG)
 
 
-def test_a_file_system_without_direct_io(tmp_path: Path) -> None:
+def test_a_child_that_outlives_the_call_is_collected_by_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is in an uninterruptible sleep; here none is waited for."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    monkeypatch.setattr("hostupdate.host.storage._DEATH_S", 0)
+    storage = Storage()
+    storage.probe([(ME, str(fifo))], _SOON_NS)
+    with pytest.raises(ChildProcessError):
+        while True:  # pytest-timeout ends it
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            storage.probe([], 1)
+
+
+def test_a_file_system_without_direct_io() -> None:
     assert probe("/proc/version") == [""]
 
 
