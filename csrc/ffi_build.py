@@ -1,8 +1,9 @@
 """Builds the extension ``hostupdate._core`` from the C core; setup.py names it.
 
 HOSTUPDATE_DEVELOPER=1 turns warnings into errors, HOSTUPDATE_SANITIZE=1 builds with the address and
-undefined-behaviour sanitizers, HOSTUPDATE_FAULTS=1 with the fault points of fault.h. Run it through setuptools only: by hand it would leave a library in
-the package whose name outranks the built one.
+undefined-behaviour sanitizers, HOSTUPDATE_FAULTS=1 with the fault points of fault.h. Run it
+through setuptools only: by hand it would leave a library in the package whose name outranks the
+built one.
 """
 
 import os

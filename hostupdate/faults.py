@@ -7,8 +7,8 @@
                                            to break something around it, or to let it go on
 
 Places in the engine are ``KIND.begin`` and ``KIND.end`` for each kind of action (``step:NAME`` for
-steps), in the recovery ``resume.WHAT``. The C core has its own, compiled in only where HOSTUPDATE_FAULTS was set when it
-was built (csrc/fault.h).
+steps), in the recovery ``resume.WHAT``. The C core has its own, compiled in only where
+HOSTUPDATE_FAULTS was set when it was built (csrc/fault.h).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from hostupdate.model import (
 from hostupdate.prediction import RESERVE_NS, blackout_ceiling_ns, full_digests_ns
 from hostupdate.rivals import Rivals
 from hostupdate.skew import Watchdog
+from hostupdate.vitals import Vitals, blockers, warnings
 
 #: A guest's soft-lockup watchdog barks after this long without a pause that it knows of
 #: (kernel.watchdog_thresh 10 s, doubled; Documentation/admin-guide/lockup-watchdogs.rst).
@@ -66,12 +67,13 @@ def make_plan(
     synchronised: bool = True,
     watchdogs: Mapping[str, Watchdog] | None = None,
     rivals: Rivals | None = None,
+    vitals: Mapping[str, Vitals] | None = None,
 ) -> Plan:
     """Decides everything about a run.
 
     ``verify_ram`` is sample, full or off; ``method`` auto, freeze or stop; ``synchronised`` what
     is known of the host's clock, ``watchdogs`` of guests', by uuid; ``rivals`` who else may act on
-    guests and packages. Raises RefusedError with every
+    guests and packages; ``vitals`` of running guests, by uuid. Raises RefusedError with every
     reason found, not only the first; nothing was touched then.
     """
     judged = _judge(manifest)
@@ -91,12 +93,15 @@ def make_plan(
         for located in guests
         if located.guest.state is GuestState.UNKNOWN and actual is not Impact.NONE
     ]
+    paused = [guest for guest in planned if guest.pause]
+    signs = [(g.name, (vitals or {}).get(g.uuid, Vitals())) for g in paused]
+    reasons += [f"guest {name}: {text}" for name, found in signs for text in blockers(found)]
     budget_ns = _budget_ns(manifest, config, guests, budget_ns)
 
     chosen: PauseMethod | None = None
     method_reason = "no guest needs to be paused"
     predicted_ns: int | None = None
-    pauses = actual is not Impact.NONE and any(guest.pause for guest in planned)
+    pauses = actual is not Impact.NONE and bool(paused)
     if pauses:
         timeouts_ns = [step.timeout_ns for step in manifest.steps_in(Phase.BLACKOUT)]
         chosen, method_reason = _choose_method(method, timeouts_ns, config, budget_ns)
@@ -133,6 +138,7 @@ def make_plan(
         warnings=(
             *_warnings(planned, chosen, predicted_ns, watchdogs or {}),
             *([_UNSYNCHRONISED] if pauses and not trusted else []),
+            *(f"guest {name}: {text}" for name, found in signs for text in warnings(found)),
             *(rivals.notes if rivals is not None else ()),
             *(
                 f"guest {located.guest.name} wants to approve updates: this version does not ask"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hostupdate.cli.compose import (
     open_cgroups,
     open_hypervisor,
     require_root,
+    vital_signs,
 )
 from hostupdate.cli.plan_text import print_plan
 from hostupdate.cli.progress import Lines, Silent
@@ -49,6 +51,7 @@ from hostupdate.model import (
     Report,
 )
 from hostupdate.plan import make_plan
+from hostupdate.vitals import Vitals
 
 
 @click.command("apply")
@@ -100,6 +103,15 @@ def command(
             cgroups = open_cgroups(config)
             guests = located_guests(hypervisor, cgroups)
             clocks = Clocks(Agents(hypervisor), config.clock)
+            asked = _asked(manifest, guests)
+            signs = vital_signs(hypervisor)
+
+            def look(whom: Sequence[tuple[str, int]]) -> Mapping[str, Vitals]:
+                return signs.look(whom, config.deadlines.libvirt_ns)
+
+            vitals = look(
+                [(g.guest.uuid, g.place.pid) for g in guests if g.place and g.guest.uuid in asked]
+            )
             plan = make_plan(
                 manifest,
                 config,
@@ -110,8 +122,9 @@ def command(
                 max_impact=Impact(max_impact) if max_impact else None,
                 budget_ns=budget_ns,
                 synchronised=HostClock().host_clock_synchronised(),
-                watchdogs=clocks.watchdogs(_asked(manifest, guests)),
+                watchdogs=clocks.watchdogs(asked),
                 rivals=guard.survey(settings.uri),
+                vitals=vitals,
             )
             if dry_run:
                 print_json(plan) if settings.json else print_plan(plan)
@@ -131,6 +144,8 @@ def command(
                 guests,
                 verify,
                 guard,
+                look,
+                vitals,
             )
     except RefusedError as error:
         if not settings.json or dry_run:
@@ -164,6 +179,8 @@ def _execute(
     guests: list[LocatedGuest],
     verify_ram: str,
     guard: Guard,
+    look: Callable[[Sequence[tuple[str, int]]], Mapping[str, Vitals]],
+    vitals: Mapping[str, Vitals],
 ) -> Report:
     pending = PendingRecord(
         run_id=run_id,
@@ -183,6 +200,8 @@ def _execute(
             directory=journal.directory(run_id),
             journal=run_journal,
             guard=guard,
+            look=look,
+            vitals=vitals,
             hypervisor=hypervisor,
             clocks=clocks,
             cgroups=cgroups,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -22,16 +22,19 @@ from hostupdate.errors import CoreError, HostUpdateError, HypervisorError, Prere
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.links import Links
 from hostupdate.guests.monitor import resume_by_monitor
-from hostupdate.host import processes
+from hostupdate.guests.vitals import VitalSigns
+from hostupdate.host import processes, threads
 from hostupdate.host.cgroups import Cgroups, find_cgroup2
 from hostupdate.host.guard import Guard
 from hostupdate.host.interrupts import Interrupts
 from hostupdate.host.memory import Memory
 from hostupdate.host.places import locate
 from hostupdate.host.steps import RUN, Steps, program_version
+from hostupdate.host.storage import Storage
 from hostupdate.journal import RunJournal
 from hostupdate.manifest import Manifest
 from hostupdate.model import GuestPlace, LocatedGuest
+from hostupdate.vitals import Vitals
 
 #: How long the keeper may take to get ready, and for each GiB that it locks: 0.2 s were measured
 #: on a busy host.
@@ -67,6 +70,11 @@ def open_cgroups(config: Config) -> Cgroups | None:
 def located_guests(hypervisor: Hypervisor, cgroups: Cgroups | None) -> list[LocatedGuest]:
     """Every guest and its place."""
     return locate(hypervisor.guests(), cgroups)
+
+
+def vital_signs(hypervisor: Hypervisor) -> VitalSigns:
+    """Looks at guests, and at what they need of this host."""
+    return VitalSigns(hypervisor, storage=Storage().probe, threads=threads.stuck)
 
 
 class HostClock:
@@ -160,6 +168,8 @@ def make_hands(
     directory: Path,
     journal: RunJournal,
     guard: Guard,
+    look: Callable[[Sequence[tuple[str, int]]], Mapping[str, Vitals]],
+    vitals: Mapping[str, Vitals],
     hypervisor: Hypervisor,
     clocks: Clocks,
     cgroups: Cgroups | None,
@@ -187,6 +197,8 @@ def make_hands(
             steps=steps,
             journal=journal,
             guard=guard,
+            look=look,
+            vitals=vitals,
             progress=progress,
             interrupts=interrupts,
             resume_by_monitor=resume_guest_by_monitor,

@@ -7,7 +7,7 @@ import sys
 import click
 from rich.markup import escape
 
-from hostupdate.cli.compose import HostClock
+from hostupdate.cli.compose import HostClock, located_guests, open_cgroups, vital_signs
 from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import out, print_json
 from hostupdate.clocks import Clocks
@@ -19,6 +19,7 @@ from hostupdate.guests.agent import Agents
 from hostupdate.host.prerequisites import Finding, Grade, check_host, check_lab
 from hostupdate.model import ExitCode, GuestState
 from hostupdate.skew import Skew
+from hostupdate.vitals import blockers
 
 SCHEMA = "hostupdate-doctor-v1"
 _COLOURS = {Grade.OK: "green", Grade.POOR: "yellow", Grade.MISSING: "red"}
@@ -93,6 +94,20 @@ def _libvirt(settings: Settings, config: Config) -> list[Finding]:
         hypervisor.close()
 
 
+def _vitals(hypervisor: Hypervisor, config: Config) -> list[Finding]:
+    """What would have a run refused, or hang it."""
+    places = located_guests(hypervisor, open_cgroups(config))
+    pids = {g.guest.uuid: (g.guest.name, g.place.pid) for g in places if g.place is not None}
+    looked = vital_signs(hypervisor).look(
+        [(uuid, pid) for uuid, (_, pid) in pids.items()], config.deadlines.libvirt_ns
+    )
+    return [
+        Finding(name=f"guest {pids[uuid][0]}", grade=Grade.MISSING, found=text, remedy="")
+        for uuid, found in looked.items()
+        for text in blockers(found)
+    ]
+
+
 def _guests(hypervisor: Hypervisor, config: Config) -> list[Finding]:
     """Each running guest's agent, and what its watchdog would say of the longest blackout."""
     running = [g for g in hypervisor.guests() if g.state is GuestState.RUNNING]
@@ -100,7 +115,7 @@ def _guests(hypervisor: Hypervisor, config: Config) -> list[Finding]:
     offset_ns, _uncertainty_ns = HostClock().host_clock()
     skews = clocks.measure([guest.uuid for guest in running], offset_ns)
     dogs = clocks.watchdogs([guest.uuid for guest in running])
-    findings = []
+    findings = _vitals(hypervisor, config)
     for guest in running:
         name, skew, dog = f"guest {guest.name}", skews[guest.uuid], dogs.get(guest.uuid)
         if not isinstance(skew, Skew):

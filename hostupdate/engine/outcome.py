@@ -18,6 +18,7 @@ from hostupdate.model import (
     Plan,
     Report,
 )
+from hostupdate.vitals import changes
 
 #: How long libvirt may still call a guest paused that was resumed.
 _SETTLE_NS = 2_000_000_000
@@ -67,9 +68,10 @@ class Outcomes:
         self._report.reasons.append(reason)
 
     def verify(self) -> None:
-        """Every paused guest runs, in the same process, and libvirt says so.
+        """Every paused guest runs, in the same process, libvirt says so, and what it had before it
+        has still: disks and links that work, an agent.
 
-        GuestError for the first that does not run; HypervisorError where libvirt does not answer.
+        GuestError for the first that does not; HypervisorError where libvirt does not answer.
         """
         failed = self._pause.failed_guest()
         if failed is not None:
@@ -83,6 +85,20 @@ class Outcomes:
             raise HypervisorError(
                 f"libvirt does not answer after the update; {', '.join(silent)} run"
             )
+        self._compare_vitals()
+
+    def _compare_vitals(self) -> None:
+        guests = self._paused_reports()
+        places = self._hands.places
+        now = self._hands.look([(guest.uuid, places[guest.uuid].pid) for guest in guests])
+        for guest in guests:
+            before = self._hands.vitals.get(guest.uuid)
+            if before is None:
+                continue
+            for change in changes(before, now[guest.uuid]):
+                if change.grave:
+                    raise GuestError(guest.name, f"after the update {change.text}")
+                self.degrade(f"guest {guest.name}: after the update {change.text}")
 
     def conclude(self, committed: bool) -> None:
         """Fills in the outcome, the exit code and the totals."""

@@ -20,6 +20,7 @@ from hostupdate.model import (
 from hostupdate.rivals import Held, Rivals
 from hostupdate.skew import Corrected, Skew, Wish
 from hostupdate.unwinding import Kind
+from hostupdate.vitals import Vitals
 
 
 class StampView(Protocol):
@@ -198,7 +199,9 @@ class Hands:
 
     ``resume_by_monitor(pid, timeout_ns)`` resumes a guest without libvirt; ``is_alive(pid,
     started)`` tells whether that process still lives; ``versions`` names what is installed now;
-    ``inventory`` looks at all guests anew; ``places`` maps a guest's uuid to its place.
+    ``inventory`` looks at all guests anew; ``look`` at the vital signs of guests, given as (uuid,
+    pid), ``vitals`` are those found before the run, by uuid; ``places`` maps a guest's uuid to its
+    place.
     """
 
     hypervisor: HypervisorPort
@@ -216,4 +219,6 @@ class Hands:
     is_alive: Callable[[int, int], bool]
     versions: Callable[[], dict[str, str]]
     inventory: Callable[[], Sequence[LocatedGuest]]
+    look: Callable[[Sequence[tuple[str, int]]], Mapping[str, Vitals]]
+    vitals: Mapping[str, Vitals]
     places: Mapping[str, GuestPlace]

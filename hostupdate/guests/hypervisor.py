@@ -230,6 +230,17 @@ class Hypervisor:
                 self._workers[uuid] = Worker(f"guest-{uuid[:8]}")
         return outcome
 
+    def apart(self) -> Hypervisor:
+        """A connection of its own to the same libvirt, for calls that may hang: they keep no other
+        calls waiting, see :meth:`prepare`. The embedded driver serves one: it is this one then.
+        :meth:`let_go` ends it."""
+        return self if self._embedded else Hypervisor(self.uri, timeout_ns=self._timeout_ns)
+
+    def let_go(self, own: Hypervisor) -> None:
+        """Closes what :meth:`apart` has opened."""
+        if own is not self:
+            own.close()
+
     def call(self, what: str, run: Callable[[Any], T], timeout_ns: int | None = None) -> T:
         """Runs ``run`` with the connection on a thread of its own, within a deadline."""
         return self._call(what, lambda: run(self._connection), timeout_ns)

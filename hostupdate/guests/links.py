@@ -22,8 +22,8 @@ class Links:
         """The links of a running guest that are up."""
 
         def run(connection: Any) -> tuple[str, ...]:
-            found = _interfaces(connection.lookupByUUIDString(uuid))
-            return tuple(mac for mac, device in found.items() if _state(device) == "up")
+            found = interfaces(connection.lookupByUUIDString(uuid).XMLDesc())
+            return tuple(mac for mac, device in found.items() if link_state(device) == "up")
 
         return self._hypervisor.call("look at network links", run)
 
@@ -34,8 +34,8 @@ class Links:
 
         def run(connection: Any) -> None:
             domain = connection.lookupByUUIDString(uuid)
-            for mac, device in _interfaces(domain).items():
-                if mac in macs and _state(device) != state:
+            for mac, device in interfaces(domain.XMLDesc()).items():
+                if mac in macs and link_state(device) != state:
                     link = device.find("link")
                     if link is None:
                         link = ET.SubElement(device, "link")
@@ -46,11 +46,13 @@ class Links:
         self._hypervisor.call(f"set network links {state}", run)
 
 
-def _interfaces(domain: Any) -> dict[str, ET.Element]:
-    found = ET.fromstring(domain.XMLDesc()).iterfind("devices/interface")
+def interfaces(xml: str) -> dict[str, ET.Element]:
+    """The interfaces of a domain's XML by MAC address."""
+    found = ET.fromstring(xml).iterfind("devices/interface")
     return {str(mac.get("address")): i for i in found if (mac := i.find("mac")) is not None}
 
 
-def _state(device: ET.Element) -> str:
+def link_state(device: ET.Element) -> str:
+    """An interface's link: up or down."""
     link = device.find("link")
     return "up" if link is None else str(link.get("state", "up"))

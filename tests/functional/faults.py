@@ -47,6 +47,7 @@ trust-host = true
 timeout = "3s"
 [deadlines]
 libvirt = "5s"
+keeper-grace = "500ms"
 [pause]
 stop-timeout = "4s"
 """
@@ -73,7 +74,7 @@ class Bench:
         self.marks = self.base / "marks"
         self.marks.mkdir()
         self.manifest = self.base / "update.toml"
-        self.manifest.write_text(MANIFEST.format(marks=self.marks, budget="6s"))
+        self.manifest.write_text(MANIFEST.format(marks=self.marks, budget="5s"))
         self.config = self.base / "hostupdate.toml"
         self.config.write_text(CONFIG)
         program = type(self.made.lab.run)(self.state)

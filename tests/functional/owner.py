@@ -13,9 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from hostupdate.cli.compose import vital_signs
 from hostupdate.errors import HostUpdateError
 from hostupdate.guests import Hypervisor, default_lab_uri
 from hostupdate.guests.scratch import ScratchGuests
+from hostupdate.host.processes import find_qemus
 
 #: In a guest: is there when nothing is spoilt any more.
 HEALED = "/run/healed"
@@ -76,6 +80,13 @@ class Owner(ScratchGuests):
             return ["up" if link is None else str(link.get("state")) for link in links]
 
         print("\n".join(self._of(f"links of {name}", name, ask)))
+
+    def look(self, name: str) -> None:
+        """Prints the guest's vitals."""
+        (guest,) = (each for each in self._hypervisor.guests() if each.name == name)
+        pid = find_qemus([guest.uuid])[guest.uuid].pid
+        found = vital_signs(self._hypervisor).look([(guest.uuid, pid)], 10 * _SECOND_NS)
+        print(msgspec.json.encode(found[guest.uuid]).decode())
 
     def shift(self, name: str, ahead_ns: str) -> None:
         """Sets the guest's clock to the host's plus so many ns."""

@@ -70,7 +70,13 @@ FAULTS = (
 PAUSED = PLACES[PLACES.index("arm.end") : PLACES.index("disarm.end")]
 
 CASES = [
-    *(("stop", place, fault) for place in PLACES for fault in FAULTS),
+    # While guests run nobody waits for a run that hangs: its operator kills it.
+    *(
+        ("stop", place, fault)
+        for place in PLACES
+        for fault in FAULTS
+        if fault != "hang" or place in PAUSED
+    ),
     *(("freeze", place, fault) for place in FROZEN for fault in FAULTS),
     *(("freeze", place, fault) for place in IN_C for fault in ("error", "hang", "kill run")),
 ]
@@ -166,10 +172,7 @@ def happen(
         case "":
             return go_on()
         case "hang":
-            # Nobody waits for it while guests run; while they do not, the keeper ends it.
-            if place not in PAUSED and not place.startswith(("core.", "freeze", "thaw", "step:sw")):
-                return die()
-            return bench.end(process)
+            return bench.end(process)  # the keeper ends it
         case "kill run":
             return die()
         case "kill keeper":

@@ -25,6 +25,9 @@ from hostupdate.model import (
 from hostupdate.rivals import Held, Rivals
 from hostupdate.skew import Corrected, Skew, Way, Wish
 from hostupdate.unwinding import Kind
+from hostupdate.vitals import Vitals
+
+WELL = Vitals(agent=True, disks={"vda": ""})
 
 
 def located(
@@ -101,6 +104,7 @@ class World:
     keeper_fires: bool = False
     keeper_dies: bool = False
     signal: str | None = None
+    vitals: dict[str, Vitals] = field(default_factory=dict)  #: by uuid, after the run
     changed: Sequence[LocatedGuest] | None = None  #: what a second look at the guests finds
     host_offset_ns: int = 7
     synchronised: bool = True
@@ -406,5 +410,7 @@ def hands_of(fake: FakeHands, guests: Sequence[LocatedGuest], *, cgroups: bool =
         is_alive=fake.is_alive,
         versions=lambda: {"kernel": "6"},
         inventory=lambda: fake.world.changed if fake.world.changed is not None else guests,
+        look=lambda guests: {uuid: fake.world.vitals.get(uuid, WELL) for uuid, _ in guests},
+        vitals={guest.guest.uuid: WELL for guest in guests},
         places={guest.guest.uuid: guest.place for guest in guests if guest.place is not None},
     )

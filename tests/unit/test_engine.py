@@ -10,9 +10,18 @@ import pytest
 from hostupdate.config import decode_config
 from hostupdate.durations import SECOND
 from hostupdate.engine import Run
-from hostupdate.errors import AgentError, CoreError, GuestError, HypervisorError, StopError
+from hostupdate.errors import (
+    AgentError,
+    CoreError,
+    GuestError,
+    HypervisorError,
+    JournalError,
+    StopError,
+)
 from hostupdate.model import ExitCode, GuestState, LocatedGuest, Outcome, Phase, Report
 from hostupdate.skew import Corrected, Skew, Way
+from hostupdate.unwinding import Kind
+from hostupdate.vitals import Vitals
 from tests.unit.fakes import FakeHands, Result, World, hands_of, located
 from tests.unit.test_plan import manifest, plan, step
 
@@ -502,3 +511,64 @@ def test_a_link_that_stays_down_fails_the_run_and_names_the_command(
     assert report.exit_code == ExitCode.FAILED
     assert any("guest a: its network link stays down: no" in text for text in report.reasons)
     assert "link uuid-b up" in world.log
+
+
+# ---- vital signs
+
+
+def test_a_disk_that_does_not_answer_after_the_update_fails_and_undoes_it(
+    world: World, fake: FakeHands
+) -> None:
+    world.vitals["uuid-a"] = Vitals(agent=True, disks={"vda": "it does not answer"})
+    report = run(fake)
+    assert report.exit_code == ExitCode.FAILED
+    assert "undo one" in world.log
+    assert any("guest a: after the update its disk vda" in reason for reason in report.reasons)
+
+
+def test_an_agent_that_does_not_answer_after_the_update_degrades_it(
+    world: World, fake: FakeHands
+) -> None:
+    world.vitals["uuid-a"] = Vitals(agent=False, disks={"vda": ""})
+    report = run(fake)
+    assert report.exit_code == ExitCode.DEGRADED
+    assert "undo one" not in world.log
+
+
+# ---- the journal
+
+
+@pytest.mark.parametrize("kind", ["intent", "done", "blackout", "committed"])
+def test_a_run_that_cannot_write_down_what_it_does_is_undone(
+    world: World, fake: FakeHands, kind: str
+) -> None:
+    world.fail[f"journal {kind}"] = JournalError("journal.db", "database or disk is full")
+    report = run(fake)
+    assert report.exit_code == ExitCode.FAILED
+    assert not world.frozen and not world.stopped
+    assert report.reasons[0].startswith("journal journal.db cannot be written")
+
+
+@pytest.mark.parametrize("kind", ["failed", "undoing", "undone"])
+def test_a_journal_that_fails_keeps_nothing_from_being_undone(
+    world: World, fake: FakeHands, kind: str
+) -> None:
+    world.results["one"] = Result(exit=1, problem="ended with exit status 1")
+    world.fail[f"journal {kind}"] = JournalError("journal.db", "database or disk is full")
+    report = run(fake)
+    assert report.exit_code == ExitCode.FAILED
+    assert "undo one" in world.log
+    said = [r for r in report.reasons if r.startswith("journal journal.db cannot be written")]
+    assert len(said) == 1
+
+
+def test_every_action_is_written_down_before_it_begins_and_after_it_ended(
+    world: World, fake: FakeHands
+) -> None:
+    run(fake)
+    numbers = [number for kind, number in world.records if kind is Kind.INTENT]
+    assert numbers == list(range(len(numbers)))
+    assert [number for kind, number in world.records if kind is Kind.DONE] == numbers
+    kinds = [kind for kind, _ in world.records]
+    assert kinds.index(Kind.BLACKOUT) < kinds.index(Kind.COMMITTED)
+    assert world.ended

@@ -19,13 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "hostupdate"
 ROWS = {
     "words": {"errors", "durations", "manifest", "config", "guestpolicy", "model", "rivals"},
     "judgement": {
-        "plan",
-        "prediction",
-        "impact",
-        "rollout",
-        "events",
-        "timeline",
-        "skew",
+        *("plan", "prediction", "impact", "rollout", "events", "timeline", "skew", "vitals"),
         "unwinding",
     },
     "faults": {"faults"},
