@@ -122,7 +122,7 @@ def read_image(path: Path) -> SaveImage:
     Raises ``ImageError``: no regular file, not readable, incomplete, not of this byte order,
     version or size, compressed by something else than gzip, or with anything unknown in it.
     """
-    return _parse(path, _read(path))
+    return parse(path, _read(path))
 
 
 def check(
@@ -256,7 +256,9 @@ def _read(path: Path) -> bytes:
         raise ImageError(str(path), "file", None, problem, remedy=_REMEDY) from error
 
 
-def _parse(path: Path, content: bytes) -> SaveImage:
+def parse(path: Path, content: bytes) -> SaveImage:
+    """``read_image`` of what has been read already; ``path`` only names it."""
+
     def refuse(field: str, offset: int | None, problem: str, remedy: str = _REMEDY) -> NoReturn:
         raise ImageError(str(path), field, offset, problem, remedy=remedy)
 
