@@ -1,0 +1,1 @@
+"""Parking a guest and unparking it: what crosses from one QEMU to the next."""
