@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[2] / "hostupdate"
 
 #: Row -> its modules and packages, by their name directly below ``hostupdate``.
 ROWS = {
-    "words": {"errors", "durations", "manifest", "config", "guestpolicy", "model"},
+    "words": {"errors", "durations", "manifest", "config", "guestpolicy", "model", "parked"},
     "judgement": {"plan", "prediction", "impact", "rollout", "events", "timeline", "skew"},
     "core": {"core"},
     "hands": {"guests", "host", "journal", "qmp", "handover", "clocks", "keeper"},
