@@ -81,21 +81,18 @@ class Parking:
         return any(each["capability"] == "x-ignore-shared" and each["state"] for each in found)
 
     def managed_save(self, uuid: str) -> None:
-        """To where libvirt keeps such an image; it starts paused from there."""
+        """To where libvirt keeps such an image.
+
+        Not with VIR_DOMAIN_SAVE_PAUSED: a save that fails would then leave the guest stopped
+        (qemuDomainSaveInternal takes the flag for what the guest was).
+        """
         self._drop(uuid, "STOP")
-        flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
-        self._of("save a guest", uuid, lambda domain: domain.managedSave(flags), self._life_ns)
+        self._of("save a guest", uuid, lambda domain: domain.managedSave(), self._life_ns)
 
     def save(self, uuid: str, path: Path) -> None:
         """To ``path``: how a guest without a definition is saved."""
         self._drop(uuid, "STOP")
-        flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
-        self._of(
-            "save a guest",
-            uuid,
-            lambda domain: domain.saveFlags(str(path), None, flags),
-            self._life_ns,
-        )
+        self._of("save a guest", uuid, lambda domain: domain.save(str(path)), self._life_ns)
 
     def cancel(self, uuid: str) -> None:
         """Ends a save under way; the guest goes on. No error where there is none."""

@@ -22,7 +22,7 @@ class Domains(Protocol):
         """QEMU's x-ignore-shared: a save leaves out RAM that lies in files."""
 
     def managed_save(self, uuid: str) -> None:
-        """To where libvirt keeps such an image; it starts paused from there."""
+        """To where libvirt keeps such an image. A guest that could not be saved goes on."""
 
     def save(self, uuid: str, path: Path) -> None: ...
     def cancel(self, uuid: str) -> None:

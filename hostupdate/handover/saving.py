@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -128,7 +129,7 @@ class Saving:
                 self._host.domains.restore(loadable)
             except (HypervisorError, DeadlineError) as error:
                 if not self.settle(record).active:
-                    raise GuestError(record.name, f"{error}; it stays parked") from error
+                    raise self._still_parked(record, str(error)) from error
             self.verify(record)
         except BaseException:
             self._host.hook.guard(record)
@@ -150,12 +151,7 @@ class Saving:
                 remedy="look into the guest; `hostupdate resume --discard` forgets what was parked",
             )
         self._host.domains.destroy(record.uuid)
-        called = self._host.domains.hook_is_called(record.uuid)
-        raise GuestError(
-            record.name,
-            "QEMU did not get its parked RAM; it stays parked",
-            remedy="" if called else "systemctl reload libvirtd: it does not call our hook yet",
-        )
+        raise self._still_parked(record, "QEMU did not get its parked RAM")
 
     def rollback(self, record: ParkedRecord) -> ParkedRecord:
         """From a guest that is paused under the new QEMU, or parked, to one that is paused under
@@ -281,6 +277,14 @@ class Saving:
             guard=str(guard if facts.persistent else records.image(uuid)),
             old_emulator=facts.emulator,
         )
+
+    def _still_parked(self, record: ParkedRecord, problem: str) -> GuestError:
+        """A QEMU without the guest's RAM often does not even load the rest."""
+        remedy = ""
+        with suppress(HypervisorError, DeadlineError):
+            if not self._host.domains.hook_is_called(record.uuid):
+                remedy = "systemctl reload libvirtd: it does not call our hook yet; then resume"
+        return GuestError(record.name, f"{problem}; it stays parked", remedy=remedy)
 
     def _checked(self, record: ParkedRecord, path: Path) -> bytes:
         """An image that is complete, and this guest's."""

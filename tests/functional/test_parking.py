@@ -6,21 +6,25 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from hostupdate.errors import GuestError, HostUpdateError
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.parking import Parking
 from hostupdate.guests.scratch import ScratchGuests
 from hostupdate.handover.ports import Host
-from hostupdate.handover.recovery import recover
+from hostupdate.handover.recovery import Recovered, discard, recover
 from hostupdate.handover.saving import Saving
 from hostupdate.lab import console
+from hostupdate.lab.root import record_path
 from hostupdate.model import GuestState
 from hostupdate.parked import ParkedRecord, ParkedState
 from tests.functional.cli import Lab
@@ -201,3 +205,293 @@ def test_five_in_a_row_leave_nothing(guest: Parked, capsys: pytest.CaptureFixtur
     assert len(homes) == len(guest.lab.names)
     with capsys.disabled():
         print(f"\n[five handovers: blackouts {[round((b or 0) / 1e6) for b in blackouts]} ms]")
+
+
+def test_a_paused_guest_stays_paused(guest: Parked) -> None:
+    guest.owner().suspend(guest.name)
+    guest.bring_back(guest.park())
+    assert guest.state() is GuestState.PAUSED
+    assert guest.files() == []
+    guest.owner().resume(guest.name)
+
+
+def test_another_emulator(guest: Parked, tmp_path: Path) -> None:
+    """And back to the old one from a guest that is paused under the new one."""
+    other = guest.base / "other-qemu"
+    other.write_text('#!/bin/sh\nexec /usr/bin/qemu-system-x86_64 "$@"\n')
+    other.chmod(0o755)
+    record = guest.way.switch(guest.way.prepare(guest.uuid), str(other))
+    facts = guest.domains.facts(guest.uuid)
+    assert facts is not None and facts.emulator == str(other)
+    assert facts.state is GuestState.PAUSED
+    record = guest.way.rollback(record)
+    facts = guest.domains.facts(guest.uuid)
+    assert facts is not None and facts.emulator == record.old_emulator
+    record = guest.way.commit(record)
+    with pytest.raises(GuestError, match="no way back"):
+        guest.way.rollback(record)
+    guest.way.finish(record)
+
+
+def test_an_emulator_that_does_not_take_it(guest: Parked) -> None:
+    """The guest stays parked, its image and its RAM as they were."""
+    broken = guest.base / "broken-qemu"
+    # It answers libvirt's questions, and ends where it is to load a guest.
+    broken.write_text(
+        '#!/bin/sh\ncase "$*" in *-incoming*) echo no >&2; exit 1 ;; esac\n'
+        'exec /usr/bin/qemu-system-x86_64 "$@"\n'
+    )
+    broken.chmod(0o755)
+    record = guest.park()
+    image = Path(record.image).read_bytes()
+    with pytest.raises(GuestError, match="stays parked"):
+        guest.way.unpark(record, str(broken))
+    assert guest.state() is GuestState.SHUTOFF
+    assert Path(record.image).read_bytes() == image
+    record = guest.way.rollback(guest.record)
+    guest.way.finish(guest.way.commit(record))
+
+
+@pytest.mark.parametrize("how", ["start", "start --paused", "start --force-boot", "removed"])
+def test_nobody_else_starts_a_parked_guest(guest: Parked, how: str) -> None:
+    record = guest.park()
+    image = Path(record.image).read_bytes()
+    if how == "removed":
+        assert guest.virsh("managedsave-remove", guest.name).returncode == 0
+        tried = guest.virsh("start", guest.name)
+    else:
+        verb, *options = how.split()
+        tried = guest.virsh(verb, guest.name, *options)
+    assert tried.returncode != 0
+    assert "hostupdate resume" in tried.stderr
+    assert guest.state() is GuestState.SHUTOFF
+    assert Path(record.image).read_bytes() == image
+    guest.bring_back(record)
+
+
+def test_another_guest_of_its_name(guest: Parked) -> None:
+    record = guest.park()
+    xml = (
+        f"<domain type='qemu'><name>{guest.name}</name><memory>1024</memory>"
+        "<os><type>hvm</type></os></domain>"
+    )
+    path = guest.base / "same-name.xml"
+    path.write_text(xml)
+    assert guest.virsh("undefine", "--managed-save", guest.name).returncode == 0
+    tried = guest.virsh("create", str(path))
+    assert "name" in tried.stderr and tried.returncode != 0
+    guest.bring_back(record)  # without a definition
+    guest.owner().define(record_path(guest.lab.root, guest.name).read_text())
+
+
+def test_other_guests_and_hooks_are_left_alone(guest: Parked) -> None:
+    """The other guest of the lab is started and ended while one is parked; another's hook is
+    called beside ours and is there afterwards."""
+    log = guest.base / "foreign.log"
+    foreign = guest.host.hook.path.with_name("another")
+    foreign.write_text(FOREIGN_HOOK.format(log=log))
+    foreign.chmod(0o755)
+    other = guest.lab.names[1]
+    record = guest.park()
+    assert guest.virsh("managedsave", other).returncode == 0
+    assert guest.virsh("start", other).returncode == 0
+    guest.bring_back(record)
+    guest.host.hook.uninstall()
+    assert not guest.host.hook.path.exists()
+    assert f"{other} start begin" in log.read_text()
+    assert f"{guest.name} start begin" in log.read_text()
+    foreign.unlink()
+
+
+@pytest.mark.parametrize("spoil", ["missing", "truncated", "replaced"])
+def test_ram_that_is_not_as_it_was(guest: Parked, spoil: str) -> None:
+    """Nothing is started; put back, the guest goes on."""
+    record = guest.park()
+    ram = Path(record.ram[0].link)
+    aside = ram.with_name("aside")
+    if spoil == "truncated":
+        with ram.open("rb+") as file:
+            file.seek(-4096, os.SEEK_END)
+            page = file.read()
+        os.truncate(ram, record.ram[0].size_bytes - 4096)
+    else:
+        ram.rename(aside)
+    if spoil == "replaced":
+        ram.write_bytes(b"")
+        os.truncate(ram, record.ram[0].size_bytes)
+    with pytest.raises(GuestError, match="stays parked"):
+        guest.way.unpark(record, None)
+    # Nor would the hook have let it pass.
+    guest.host.hook.allow(record)
+    refused = guest.virsh("start", guest.name)
+    assert refused.returncode != 0 and "its RAM file" in refused.stderr
+    guest.host.hook.guard(record)
+    assert guest.state() is GuestState.SHUTOFF
+    if spoil == "truncated":
+        with ram.open("ab") as file:
+            file.write(page)
+    else:
+        aside.rename(ram)
+    guest.bring_back(record)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "truncated", "part", "of another guest"])
+@pytest.mark.parametrize("which", ["ours", "libvirt's"])
+def test_an_image_that_is_not_as_it_was(guest: Parked, spoil: str, which: str) -> None:
+    """One of the two is enough; with neither the guest stays parked."""
+    record = guest.park()
+    ours, guard = Path(record.image), Path(record.guard)
+    image = ours.read_bytes()
+    spoilt = ours if which == "ours" else guard
+    if spoil == "missing":
+        spoilt.unlink()
+    else:
+        spoilt.write_bytes(
+            {
+                "truncated": image[:-100],
+                "part": image.replace(b"LibvirtQemudSave", b"LibvirtQemudPart", 1),
+                "of another guest": image.replace(b"hu-lab-1", b"hu-lab-2"),
+            }[spoil]
+        )
+    if spoil == "part":
+        both = (ours, guard)
+        kept = [path.read_bytes() for path in both]
+        for path in both:
+            path.write_bytes(b"")
+        with pytest.raises(GuestError, match="no image of it is intact"):
+            guest.way.unpark(record, None)
+        for path, data in zip(both, kept, strict=True):
+            path.write_bytes(data)
+    guest.bring_back(record)
+
+
+def test_a_hook_that_is_gone(guest: Parked) -> None:
+    """It is put back. Where the daemon had none at its start it does not call it: the guest has no
+    RAM then, is not let run, and goes on once the daemon has looked again."""
+    record = guest.park()
+    guest.host.hook.path.unlink()
+    guest.daemon.end()
+    guest.daemon.ensure()
+    with pytest.raises(GuestError, match="stays parked") as caught:
+        guest.way.unpark(record, None)
+    assert "reload" in caught.value.remedy
+    assert guest.state() is GuestState.SHUTOFF
+    pid = guest.daemon.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGHUP)
+    wait(lambda: guest.domains.hook_is_called(guest.uuid))
+    guest.bring_back(record)
+
+
+def test_a_full_ram_directory(guest: Parked) -> None:
+    full = guest.base / "ram/full"
+    room = os.statvfs(guest.base / "ram")
+    with full.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize)
+    try:
+        guest.bring_back(guest.park())
+    finally:
+        full.unlink()
+
+
+def test_the_daemon_ends_and_starts_while_guests_are_parked(guest: Parked) -> None:
+    """Its start does not bring back a guest that is to be started at boot."""
+    assert guest.virsh("autostart", guest.name).returncode == 0
+    record = guest.park()
+    guest.daemon.end()
+    guest.daemon.ensure()
+    time.sleep(1)
+    assert guest.state() is GuestState.SHUTOFF
+    guest.bring_back(record)
+    assert guest.virsh("autostart", "--disable", guest.name).returncode == 0
+
+
+def test_an_abort_leaves_a_guest_that_can_be_saved(guest: Parked) -> None:
+    """A save after it holds the guest's RAM."""
+    record = guest.way.prepare(guest.uuid)
+    guest.domains.set_ignore_shared(guest.uuid, True)
+    guest.way.abort(record)
+    guest.assert_as_if_nothing_had_been()
+    assert guest.virsh("managedsave", guest.name).returncode == 0
+    assert guest.guard.stat().st_size > 20 << 20
+    assert guest.virsh("start", guest.name).returncode == 0
+
+
+def test_a_save_that_fails(guest: Parked) -> None:
+    """The guest runs as before, and the next save holds its RAM."""
+    record = guest.way.prepare(guest.uuid)
+    shutil.rmtree(guest.host.save_directory)
+    guest.host.save_directory.write_text("in the way")
+    with pytest.raises(GuestError, match="was not saved, and runs"):
+        guest.way.park(record)
+    guest.host.save_directory.unlink()
+    guest.host.save_directory.mkdir()
+    guest.assert_as_if_nothing_had_been()
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "after records write 1",
+        "after hook guard 1",
+        "after domains set_ignore_shared 1",
+        "after domains managed_save 1",
+        "before records write 2",
+        "after records write 2",
+        "after records write 3",
+        "after hook allow 1",
+        "after domains restore 1",
+        "after records write 4",
+        "after domains resume 1",
+        "after domains forget_save 1",
+        "after hook release 1",
+        "before records remove 1",
+    ],
+)
+def test_our_death(guest: Parked, point: str) -> None:
+    """Whenever it comes, the guest runs or is parked, nobody else can start it, and recovery
+    brings it back; twice, it does no harm."""
+    argv = [sys.executable, "-m", "tests.functional.handover"]
+    ended = subprocess.run(
+        [*argv, str(guest.base), guest.daemon.uri, guest.uuid, point],
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    state = guest.way.settle(guest.record).state
+    if state is GuestState.SHUTOFF:
+        assert guest.virsh("start", guest.name).returncode != 0
+    elif state is GuestState.RUNNING:
+        guest.lab.assert_healthy()
+    recover(guest.host, guest.record)
+    guest.assert_as_if_nothing_had_been()
+
+
+@pytest.mark.parametrize("delay_ms", [0, 20, 60, 150, 300])
+def test_the_daemon_dies_while_it_saves(guest: Parked, delay_ms: int) -> None:
+    record = guest.way.prepare(guest.uuid)
+    killer = subprocess.Popen(["sh", "-c", f"sleep {delay_ms / 1000}; exec {guest.daemon.kill}"])
+    with suppress(HostUpdateError):
+        guest.way.park(record)
+    killer.wait(timeout=20)
+    wait(lambda: guest.daemon.pid is None)
+    guest.daemon.ensure()
+    outcome = recover(guest.host, guest.record)
+    assert outcome in (Recovered.UNTOUCHED, Recovered.UNPARKED)
+    guest.assert_as_if_nothing_had_been()
+
+
+def test_the_daemon_dies_under_a_guest_that_is_paused_under_its_new_qemu(guest: Parked) -> None:
+    record = guest.way.switch(guest.way.prepare(guest.uuid), None)
+    guest.daemon.end()
+    guest.daemon.ensure()
+    assert recover(guest.host, record) is Recovered.UNPARKED
+
+
+def test_what_was_parked_can_be_given_up(guest: Parked) -> None:
+    """Its owner's last resort."""
+    record = guest.park()
+    discard(guest.host, record)
+    assert guest.files() == []
+    guest.lab.console(guest.name).unlink()
+    assert guest.virsh("start", guest.name).returncode == 0
+    console.wait_ready(guest.lab.console(guest.name), time.monotonic_ns() + 60_000_000_000)
