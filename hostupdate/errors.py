@@ -4,6 +4,7 @@
 
     HostUpdateError
     ├── InputError            bad manifest, configuration, record or argument; nothing happened
+    ├── ImageError            a guest's saved state is not what a handover wrote; it is untouched
     ├── PrerequisiteError     a program, package or kernel feature is missing; nothing happened
     ├── RefusedError          judged and declined; nothing happened
     ├── BusyError             another run holds the host; nothing happened
@@ -52,6 +53,26 @@ class InputError(HostUpdateError):
         super().__init__(f"{where}: {problem}", remedy=remedy)
         self.source = source
         self.field = field
+        self.problem = problem
+
+
+class ImageError(HostUpdateError):
+    """A guest's saved state is not what a handover wrote, or cannot be read or placed. The state
+    is as it was.
+
+    ``source`` names the file or the stream, ``field`` the place in it, ``offset`` where that place
+    begins, in bytes from the start of the file (header and XML) or of the migration stream (all
+    else); None where the whole is meant. ``problem`` says what was found and what was expected.
+    """
+
+    def __init__(
+        self, source: str, field: str, offset: int | None, problem: str, *, remedy: str
+    ) -> None:
+        where = f"{source}: {field}" if offset is None else f"{source}: {field} at byte {offset}"
+        super().__init__(f"{where}: {problem}", remedy=remedy)
+        self.source = source
+        self.field = field
+        self.offset = offset
         self.problem = problem
 
 

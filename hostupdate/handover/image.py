@@ -1,0 +1,381 @@
+"""libvirt's save image: read, judge, rewrite for a restore, or make one.
+
+The format (src/qemu/qemu_saveimage.c; the same in libvirt 9.0 and 11.x)::
+
+    92 bytes, integers in the byte order of the host that saved:
+        "LibvirtQemudSave", u32 version 2, u32 data_len, u32 was_running, u32 format, u32 cookie
+        offset, 14 unused u32
+    data_len bytes: domain XML, NUL, [at the cookie offset: cookie, NUL,] NULs (64 KiB of them, so
+        that the XML may grow)
+    QEMU's migration stream (see ``stream``), raw or through ``format``'s compressor
+
+An image that is not complete begins with "LibvirtQemudPart"; libvirt deletes such a one, and one
+that is too short, when the guest is started, and boots the guest anew (qemuSaveImageIsCorrupt,
+qemuDomainObjRestore). So an image here is only ever replaced as a whole, by rename.
+
+A rewritten image holds the stream gzipped: libvirt feeds it through a pipe then, where a raw one is
+given to QEMU as a file, which QEMU since 11 refuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import struct
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NoReturn
+from uuid import UUID
+
+from hostupdate.errors import ImageError
+from hostupdate.handover import domain
+from hostupdate.handover.stream import RamBlock, Stripped, strip
+
+_HEADER = struct.Struct("<16s5I56s")
+_MAGIC, _PARTIAL = b"LibvirtQemudSave", b"LibvirtQemudPart"
+_VERSION = 2
+_UNUSED = bytes(56)
+#: What libvirt leaves free behind XML and cookie (virQEMUSaveDataWrite).
+_PADDING_BYTES = 64 << 10
+
+RAW, GZIP = 0, 1
+_FORMATS = ("raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse")
+
+#: The image of a handover has device state, ROMs and video memory; one with a guest's RAM is larger
+#: than this.
+SIZE_MAX_BYTES = 64 << 20
+_DATA_MAX_BYTES = 16 << 20
+_GZIP_LEVEL = 1
+_GZIP_WINDOW = 16 + zlib.MAX_WBITS
+
+_REMEDY = "the file was left as it is; `virsh start` restores what libvirt can read"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveImage:
+    """A save image in memory. ``content`` is the whole file; ``format`` is ``RAW`` or ``GZIP``.
+
+    ``stream_offset_bytes`` is where the migration stream begins, ``stream_bytes`` how long it is
+    in the file (compressed, if so).
+    """
+
+    path: Path
+    xml: str
+    cookie: str
+    was_running: bool
+    format: int
+    data_bytes: int
+    content: bytes = field(repr=False)
+
+    @property
+    def stream_offset_bytes(self) -> int:
+        return _HEADER.size + self.data_bytes
+
+    @property
+    def stream_bytes(self) -> int:
+        return len(self.content) - self.stream_offset_bytes
+
+    @property
+    def sha256(self) -> str:
+        """Of the whole file, hex."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    @cached_property
+    def stripped(self) -> Stripped:
+        """The stream as a QEMU without ``x-ignore-shared`` takes it. Raises ``ImageError``."""
+        payload = self.content[self.stream_offset_bytes :]
+        if self.format == GZIP:
+            payload = _gunzip(payload, str(self.path), self.stream_offset_bytes)
+        return strip(payload, str(self.path))
+
+    @cached_property
+    def guest(self) -> domain.Domain:
+        """Whose image it is. Raises ``ImageError`` where the XML does not tell."""
+        return domain.parse(self.xml, str(self.path))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewritten:
+    """What ``rewrite`` left under the path.
+
+    ``changed``: false where the file was as asked for already and was not touched.
+    """
+
+    sha256: str
+    machine: str
+    blocks: tuple[RamBlock, ...]
+    changed: bool
+    image_bytes: int
+    stream_bytes: int
+    removed_bytes: int
+
+
+def read_image(path: Path) -> SaveImage:
+    """The save image at ``path``, whole and understood up to its migration stream.
+
+    Raises ``ImageError``: no regular file, not readable, incomplete, not of this byte order,
+    version or size, compressed by something else than gzip, or with anything unknown in it.
+    """
+    return parse(path, _read(path))
+
+
+def check(
+    image: SaveImage, *, uuid: UUID, kept: Mapping[str, int], machine: str | None = None
+) -> None:
+    """Raises ``ImageError`` unless ``image`` is of that guest, for RAM that is just ``kept``.
+
+    ``kept`` holds name and bytes of each RAM block that is parked; one more or one less would
+    resume the guest with empty memory. ``machine`` is compared where given; the stream's machine
+    type always is with that of the XML.
+    """
+
+    def refuse(field: str, found: object, expected: object) -> None:
+        problem = f"{found}, expected {expected}"
+        raise ImageError(str(image.path), field, None, problem, remedy=_REMEDY)
+
+    if image.guest.uuid != uuid:
+        refuse("domain/uuid", image.guest.uuid, uuid)
+    stripped = image.stripped
+    for expected in filter(None, (image.guest.machine, machine)):
+        if stripped.machine != expected:
+            refuse("machine type", stripped.machine, expected)
+    if stripped.kept != dict(kept):
+        refuse("RAM that is not in the image", stripped.kept, dict(kept))
+
+
+def rewrite(
+    path: Path,
+    *,
+    emulator: str | None = None,
+    running: bool | None = None,
+    keep: Path | None = None,
+) -> Rewritten:
+    """Makes the image at ``path`` one that libvirt restores: stripped, gzipped.
+
+    ``emulator`` replaces the domain's emulator (absolute path), ``running`` whether libvirt lets
+    the guest run after the restore; None leaves them. The file is replaced by rename, with owner,
+    mode and extended attributes of the one before, and is on disk when this returns. What was
+    rewritten before is found to be so and is not written again. A file that is replaced is first
+    linked to ``keep``, in the same file system; a file that is there already must be that one.
+
+    Raises ``ImageError``; ``path`` is as it was then.
+    """
+    image = read_image(path)
+    stripped = image.stripped
+    if image.format == GZIP and not stripped.removed_bytes:
+        payload = image.content[image.stream_offset_bytes :]
+    else:
+        payload = gzipped(stripped.stream)
+    head = _head(
+        image.xml if emulator is None else domain.with_emulator(image.xml, emulator, str(path)),
+        image.cookie,
+        running=image.was_running if running is None else running,
+        stored=GZIP,
+        data_bytes=image.data_bytes,
+    )
+    content = head + payload
+    changed = content != image.content
+    if changed:
+        _place(path, content, like=path, keep=keep)
+    return Rewritten(
+        sha256=hashlib.sha256(content).hexdigest(),
+        machine=stripped.machine,
+        blocks=stripped.blocks,
+        changed=changed,
+        image_bytes=len(content),
+        stream_bytes=len(stripped.stream),
+        removed_bytes=stripped.removed_bytes,
+    )
+
+
+def craft(xml: str, cookie: str, stream: bytes, *, running: bool, source: str = "stream") -> bytes:
+    """A save image as ``rewrite`` leaves one, from its parts; ``cookie`` may be empty.
+
+    Raises ``ImageError`` for a ``stream`` that ``strip`` refuses; ``source`` names it there.
+    """
+    return head(xml, cookie, running=running, stored=GZIP) + gzipped(strip(stream, source).stream)
+
+
+def head(xml: str, cookie: str, *, running: bool, stored: int) -> bytes:
+    """What is before the stream in an image; ``stored`` is ``RAW`` or ``GZIP``."""
+    return _head(xml, cookie, running=running, stored=stored, data_bytes=0)
+
+
+def place(path: Path, content: bytes) -> None:
+    """Puts an image at ``path``, whole or not at all, mode 0600, on disk when this returns.
+
+    Replaces what is there, except that owner, mode and extended attributes of it stay. Raises
+    ``ImageError``.
+    """
+    _place(path, content, like=path if path.exists() else None, keep=None)
+
+
+def gzipped(stream: bytes) -> bytes:
+    """The same bytes for the same stream: without a time in it."""
+    press = zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, _GZIP_WINDOW)
+    return press.compress(stream) + press.flush()
+
+
+def _head(xml: str, cookie: str, *, running: bool, stored: int, data_bytes: int) -> bytes:
+    """``data_bytes`` is taken where XML and cookie fit into it."""
+    text = xml.encode() + b"\0"
+    offset = len(text) if cookie else 0
+    if cookie:
+        text += cookie.encode() + b"\0"
+    if len(text) > data_bytes:
+        data_bytes = len(text) + _PADDING_BYTES
+    fields = (_MAGIC, _VERSION, data_bytes, int(running), stored, offset, _UNUSED)
+    return _HEADER.pack(*fields) + text.ljust(data_bytes, b"\0")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # Not blocking: a FIFO under this name is no image, and nobody may ever write to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            problem = ""
+            if not stat.S_ISREG(status.st_mode):
+                problem = "no regular file"
+            elif status.st_size > SIZE_MAX_BYTES:
+                problem = (
+                    f"{status.st_size} bytes, at most {SIZE_MAX_BYTES} expected: the guest's RAM "
+                    "is in it, so it was not saved for a handover"
+                )
+            if problem:
+                raise ImageError(str(path), "file", None, problem, remedy=_REMEDY)
+            return file.read(SIZE_MAX_BYTES + 1)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+        raise ImageError(str(path), "file", None, problem, remedy=_REMEDY) from error
+
+
+def parse(path: Path, content: bytes) -> SaveImage:
+    """``read_image`` of what has been read already; ``path`` only names it."""
+
+    def refuse(field: str, offset: int | None, problem: str, remedy: str = _REMEDY) -> NoReturn:
+        raise ImageError(str(path), field, offset, problem, remedy=remedy)
+
+    if len(content) < _HEADER.size:
+        refuse("header", 0, f"{len(content)} bytes in the file, {_HEADER.size} expected")
+    magic, version, data, running, stored, cookie_at, unused = _HEADER.unpack_from(content)
+    if magic == _PARTIAL:
+        refuse(
+            "magic", 0, "libvirt did not finish this image", "libvirt deletes it at `virsh start`"
+        )
+    if magic != _MAGIC:
+        refuse("magic", 0, f"{magic!r}, expected {_MAGIC!r}")
+    if version != _VERSION:
+        swapped = " (of a host of the other byte order)" if version == _VERSION << 24 else ""
+        refuse("version", 16, f"{version}, expected {_VERSION}{swapped}")
+    if running > 1:
+        refuse("was_running", 24, f"{running}, expected 0 or 1")
+    if stored not in (RAW, GZIP):
+        name = _FORMATS[stored] if stored < len(_FORMATS) else "unknown"
+        remedy = 'set save_image_format = "raw" in qemu.conf'
+        refuse("format", 28, f"{stored} ({name}), expected raw or gzip", remedy)
+    if unused != _UNUSED:
+        refuse("header", 36, "a field that we do not know is in use")
+    left = len(content) - _HEADER.size
+    if not 0 < data <= min(left, _DATA_MAX_BYTES):
+        refuse("data_len", 20, f"{data} bytes of XML, {left} bytes follow the header")
+    if cookie_at >= data:
+        refuse("cookieOffset", 32, f"{cookie_at}, at most {data - 1} expected")
+    begin = _HEADER.size
+    texts = []
+    for name, start, end in (("XML", 0, cookie_at or data), ("cookie", cookie_at, data)):
+        if name == "cookie" and not cookie_at:
+            texts.append("")
+            continue
+        text, terminator, padding = content[begin + start : begin + end].partition(b"\0")
+        if not text or not terminator or padding.strip(b"\0"):
+            refuse(name, begin + start, "a text, and NULs up to its end, expected")
+        try:
+            texts.append(text.decode())
+        except UnicodeDecodeError as error:
+            refuse(name, begin + start + error.start, "not UTF-8")
+    if left == data:
+        refuse("stream", begin + data, "the file ends before it")
+    xml, cookie = texts
+    return SaveImage(
+        path=path,
+        xml=xml,
+        cookie=cookie,
+        was_running=bool(running),
+        format=stored,
+        data_bytes=data,
+        content=content,
+    )
+
+
+def _gunzip(payload: bytes, source: str, offset: int) -> bytes:
+    press = zlib.decompressobj(_GZIP_WINDOW)
+    problem = ""
+    stream = b""
+    try:
+        stream = press.decompress(payload, SIZE_MAX_BYTES + 1)
+    except zlib.error as error:
+        problem = f"not gzip: {error}"
+    else:
+        if len(stream) > SIZE_MAX_BYTES:
+            problem = f"more than {SIZE_MAX_BYTES} bytes: the guest's RAM is in it"
+        elif not press.eof:
+            problem = "the gzipped stream is truncated"
+        elif press.unused_data:
+            problem = f"{len(press.unused_data)} bytes after the end of the gzipped stream"
+    if problem:
+        raise ImageError(source, "stream", offset, problem, remedy=_REMEDY)
+    return stream
+
+
+def _place(path: Path, content: bytes, *, like: Path | None, keep: Path | None) -> None:
+    new = path.with_name(path.name + ".new")
+    try:
+        with suppress(FileNotFoundError):
+            new.unlink()  # of a run that was killed
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(new, flags, 0o600), "wb") as file:
+            try:
+                file.write(content)
+                file.flush()
+                if like is not None:
+                    status = like.stat()
+                    os.fchown(file.fileno(), status.st_uid, status.st_gid)
+                    shutil.copystat(like, new)  # mode, extended attributes
+                    os.utime(new)
+                os.fsync(file.fileno())
+                if keep is not None:
+                    _link(path, keep)
+                new.rename(path)
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
+        _sync(path.parent)
+    except OSError as error:
+        problem = f"cannot be written: {error}"
+        raise ImageError(str(path), "file", None, problem, remedy=_REMEDY) from error
+
+
+def _link(path: Path, keep: Path) -> None:
+    try:
+        os.link(path, keep)
+    except FileExistsError:
+        if not keep.samefile(path):
+            problem = f"another image is kept at {keep}"
+            remedy = "finish or undo the run that it belongs to: `hostupdate status`"
+            raise ImageError(str(path), "file", None, problem, remedy=remedy) from None
+    _sync(keep.parent)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,303 @@
+"""libvirt's save images: which are a handover's, and how one becomes what libvirt restores."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hostupdate.errors import ImageError
+from hostupdate.handover import image
+from hostupdate.handover.stream import strip
+from tests.unit.golden import golden
+
+SAVE = golden("libvirt-9.0.save")
+UUID_OF_SAVE = UUID("6b0c7a52-53ef-4d1a-9d1c-1f6c2b2f8f11")
+KEPT = {"pc.ram": 16 << 20}
+DATA = struct.unpack_from("<I", SAVE, 20)[0]
+STREAM = SAVE[92 + DATA :]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "golden.save"
+    path.write_bytes(SAVE)
+    path.chmod(0o640)
+    return path
+
+
+def field(offset: int, value: int, content: bytes = SAVE) -> bytes:
+    return content[:offset] + struct.pack("<I", value) + content[offset + 4 :]
+
+
+def gzip_of(content: bytes) -> bytes:
+    return field(28, 1)[: 92 + DATA] + gzip.compress(content)
+
+
+def test_what_libvirt_wrote_is_read(saved: Path) -> None:
+    found = image.read_image(saved)
+    assert found.xml.startswith("<domain type='qemu'")
+    assert found.cookie.startswith("<cookie>")
+    assert found.was_running and found.format == image.RAW
+    assert found.content[found.stream_offset_bytes :] == STREAM
+    assert found.stream_bytes == len(STREAM)
+    assert found.guest.name == "golden"
+    assert found.guest.uuid == UUID_OF_SAVE
+    assert found.guest.machine == found.stripped.machine == "pc-i440fx-7.2"
+    assert found.guest.emulator == "/usr/bin/qemu-system-x86_64"
+
+
+def test_an_image_is_rewritten_once(saved: Path) -> None:
+    before = image.read_image(saved)
+    done = image.rewrite(saved)
+    after = image.read_image(saved)
+    assert done.changed and done.removed_bytes == before.stripped.removed_bytes > 0
+    assert (after.xml, after.cookie, after.was_running) == (before.xml, before.cookie, True)
+    assert after.format == image.GZIP and after.data_bytes == DATA
+    assert gzip.decompress(after.content[after.stream_offset_bytes :]) == strip(STREAM).stream
+    assert done.sha256 == after.sha256 and done.machine == "pc-i440fx-7.2"
+    assert {block.name for block in done.blocks if block.kept} == set(KEPT)
+    assert saved.stat().st_mode & 0o7777 == 0o640
+    inode = saved.stat().st_ino
+    again = image.rewrite(saved)
+    assert not again.changed and again.sha256 == done.sha256
+    assert saved.stat().st_ino == inode
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_owner_and_mode_stay(saved: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root gives files away")
+    os.chown(saved, 1234, 2345)
+    image.rewrite(saved)
+    status = saved.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (1234, 2345, 0o640)
+
+
+def test_emulator_and_state_are_replaced_and_nothing_else(saved: Path) -> None:
+    before = image.read_image(saved)
+    image.rewrite(saved)
+    done = image.rewrite(saved, emulator="/opt/a & b/qemu", running=False)
+    after = image.read_image(saved)
+    assert done.changed
+    old, new = "/usr/bin/qemu-system-x86_64</emulator>", "/opt/a &amp; b/qemu</emulator>"
+    assert after.xml == before.xml.replace(old, new) != before.xml
+    assert after.guest.emulator == "/opt/a & b/qemu"
+    assert after.cookie == before.cookie and not after.was_running
+    assert not image.rewrite(saved, emulator="/opt/a & b/qemu", running=False).changed
+
+
+def test_an_xml_that_outgrows_its_padding_gets_more(saved: Path) -> None:
+    emulator = "/" + "x" * 70_000
+    image.rewrite(saved, emulator=emulator)
+    after = image.read_image(saved)
+    assert after.guest.emulator == emulator
+    assert after.data_bytes > DATA and after.stripped.removed_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("xml", "emulator", "problem"),
+    [
+        ("<domain><devices/></domain>", "/q", "0 of them, expected one"),
+        ("<domain><emulator>/a</emulator></domain>", "/q", "0 of them"),
+        (
+            "<domain><devices><emulator>/a</emulator><emulator>/b</emulator></devices></domain>",
+            "/q",
+            "2 of them",
+        ),
+        ("<domain><devices><emulator/></devices></domain>", "/q", "not written as libvirt"),
+        ("<domain><devices><emulator x='>'>/a</emulator></devices></domain>", "/q", "not written"),
+        ("<domain><devices>", "/q", "no element found"),
+        ("<domain><devices><emulator>/a</emulator></devices></domain>", "q", "no absolute path"),
+        ("<domain><devices><emulator>/a</emulator></devices></domain>", "/q\n", "no absolute path"),
+    ],
+)
+def test_an_emulator_that_cannot_be_replaced_is_told(
+    tmp_path: Path, xml: str, emulator: str, problem: str
+) -> None:
+    path = tmp_path / "x.save"
+    path.write_bytes(image.craft(xml, "", STREAM, running=True))
+    before = path.read_bytes()
+    with pytest.raises(ImageError, match=problem):
+        image.rewrite(path, emulator=emulator)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.save"]
+
+
+def test_a_crafted_image_is_what_a_rewrite_leaves(saved: Path) -> None:
+    read = image.read_image(saved)
+    image.rewrite(saved)
+    assert image.craft(read.xml, read.cookie, STREAM, running=True) == saved.read_bytes()
+    stripped = strip(STREAM).stream
+    assert image.craft(read.xml, read.cookie, stripped, running=True) == saved.read_bytes()
+
+
+@pytest.mark.parametrize("cookie", ["", "<cookie/>"])
+def test_a_placed_image_is_read_back(tmp_path: Path, cookie: str) -> None:
+    path = tmp_path / "placed.save"
+    image.place(path, image.craft("<domain>é</domain>", cookie, STREAM, running=False))
+    found = image.read_image(path)
+    assert (found.xml, found.cookie, found.was_running) == ("<domain>é</domain>", cookie, False)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert not image.rewrite(path).changed
+
+
+def test_the_original_is_kept_where_asked(saved: Path) -> None:
+    keep = saved.with_name("original")
+    image.rewrite(saved, keep=keep)
+    assert keep.read_bytes() == SAVE
+    image.rewrite(saved, keep=keep)  # nothing left to do
+    with pytest.raises(ImageError, match="another image is kept"):
+        image.rewrite(saved, running=False, keep=keep)
+    assert keep.read_bytes() == SAVE and sorted(os.listdir(saved.parent)) == [saved.name, keep.name]
+    assert image.read_image(saved).was_running
+
+
+def test_a_rewrite_that_was_killed_is_done_again(saved: Path) -> None:
+    keep = saved.with_name("original")
+    os.link(saved, keep)
+    saved.with_name(saved.name + ".new").write_bytes(b"half")
+    assert image.rewrite(saved, keep=keep).changed
+    assert keep.read_bytes() == SAVE and len(os.listdir(saved.parent)) == 2
+
+
+def test_a_disk_that_is_full_leaves_the_image(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(image.os, "fsync", full)
+    with pytest.raises(ImageError, match="No space left"):
+        image.rewrite(saved)
+    assert saved.read_bytes() == SAVE and os.listdir(saved.parent) == [saved.name]
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "problem"),
+    [
+        (b"", "header", "0 bytes in the file, 92 expected"),
+        (SAVE[:91], "header", "91 bytes"),
+        (b"LibvirtQemudPart" + SAVE[16:], "magic", "libvirt did not finish this image"),
+        (b"LibvirtQemudSavf" + SAVE[16:], "magic", "expected b'LibvirtQemudSave'"),
+        (field(16, 3), "version", "3, expected 2"),
+        (field(16, 1), "version", "1, expected 2"),
+        (field(16, 0x02000000), "version", "other byte order"),
+        (field(20, 0), "data_len", "0 bytes of XML"),
+        (field(20, len(SAVE)), "data_len", "follow the header"),
+        (field(20, 0xFFFFFFFF), "data_len", "follow the header"),
+        (field(24, 2), "was_running", "expected 0 or 1"),
+        (field(28, 3), "format", r"3 \(xz\), expected raw or gzip"),
+        (field(28, 6), "format", r"6 \(sparse\)"),
+        (field(28, 77), "format", r"77 \(unknown\)"),
+        (field(32, DATA), "cookieOffset", "expected"),
+        (field(32, 0), "XML", "NULs up to its end"),
+        (field(32, 10), "XML", "NULs up to its end"),
+        (field(88, 1), "header", "a field that we do not know"),
+        (SAVE[:92] + b"\xff" + SAVE[93:], "XML", "not UTF-8"),
+        (SAVE[: 92 + DATA], "stream", "the file ends before it"),
+        (SAVE[: 92 + DATA - 1], "data_len", "follow the header"),
+        (SAVE[:-1], "end of the stream", "truncated"),
+        (SAVE + b"\0", "end of the stream", "not the end of a whole stream"),
+        (field(28, 1), "stream", "not gzip"),
+        (gzip_of(STREAM)[:-1], "stream", "truncated"),
+        (gzip_of(STREAM) + b"\0", "stream", "1 bytes after the end"),
+        (gzip_of(STREAM[:-1]), "end of the stream", "truncated"),
+        (gzip_of(bytes(image.SIZE_MAX_BYTES + 1)), "stream", "the guest's RAM is in it"),
+        (field(28, 0, gzip_of(STREAM)), "header", "QEMU's magic expected"),
+    ],
+)
+def test_what_is_no_handovers_image_is_refused(
+    tmp_path: Path, content: bytes, where: str, problem: str
+) -> None:
+    path = tmp_path / "bad.save"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=problem) as raised:
+        image.rewrite(path)
+    assert raised.value.field == where
+    assert str(raised.value).startswith(f"{path}: {where}") and raised.value.remedy
+    assert path.read_bytes() == content and os.listdir(tmp_path) == ["bad.save"]
+
+
+def test_an_image_with_the_guests_ram_is_not_even_read(saved: Path) -> None:
+    os.truncate(saved, image.SIZE_MAX_BYTES + 1)
+    with pytest.raises(ImageError, match="the guest's RAM is in it"):
+        image.read_image(saved)
+
+
+def test_only_a_regular_file_is_an_image(saved: Path) -> None:
+    fifo, link = saved.with_name("fifo"), saved.with_name("link")
+    os.mkfifo(fifo)
+    link.symlink_to(saved)
+    for path, problem in ((fifo, "no regular"), (link, "cannot be read"), (link / "x", "cannot")):
+        with pytest.raises(ImageError, match=problem):
+            image.read_image(path)
+    with pytest.raises(ImageError, match="No such file"):
+        image.read_image(saved.with_name("none"))
+
+
+def test_a_gzipped_image_of_libvirts_own_is_stripped_too(saved: Path) -> None:
+    saved.write_bytes(gzip_of(STREAM))
+    assert image.rewrite(saved).removed_bytes > 0
+    assert image.read_image(saved).stripped.removed_bytes == 0
+
+
+def test_an_image_is_of_its_guest_and_of_its_ram(saved: Path) -> None:
+    found = image.read_image(saved)
+    image.check(found, uuid=UUID_OF_SAVE, kept=KEPT, machine="pc-i440fx-7.2")
+    for wrong, problem in (
+        ({"uuid": UUID(int=1)}, "domain/uuid"),
+        ({"kept": {}}, "RAM that is not in the image"),
+        ({"kept": {"pc.ram": 32 << 20}}, "RAM that is not in the image"),
+        ({"kept": KEPT | {"dimm": 1 << 20}}, "RAM that is not in the image"),
+        ({"machine": "pc-q35-7.2"}, "machine type"),
+    ):
+        asked = {"uuid": UUID_OF_SAVE, "kept": KEPT} | wrong
+        with pytest.raises(ImageError, match=problem):
+            image.check(found, **asked)  # type: ignore[arg-type]
+
+
+def test_the_xml_and_the_stream_are_of_one_machine(saved: Path) -> None:
+    assert SAVE.count(b"'pc-i440fx-7.2'") == 1
+    saved.write_bytes(SAVE.replace(b"'pc-i440fx-7.2'", b"'pc-i440fx-7.1'"))
+    with pytest.raises(ImageError, match="machine type: "):
+        image.check(image.read_image(saved), uuid=UUID_OF_SAVE, kept=KEPT)
+
+
+@pytest.mark.parametrize(
+    "xml", ["", "<x/>", "<domain/>", "<domain><uuid>7</uuid></domain>", "<domain>"]
+)
+def test_an_xml_without_a_guest_is_refused(tmp_path: Path, xml: str) -> None:
+    path = tmp_path / "x.save"
+    path.write_bytes(image.craft(xml or " ", "", STREAM, running=True))
+    with pytest.raises(ImageError, match="XML"):
+        image.check(image.read_image(path), uuid=UUID_OF_SAVE, kept=KEPT)
+
+
+@given(st.integers(0, 91), st.integers(1, 255))
+def test_a_changed_byte_of_the_header_is_refused_or_means_what_it_says(at: int, flip: int) -> None:
+    content = bytearray(SAVE)
+    content[at] ^= flip
+    try:
+        found = image.parse(Path("x"), bytes(content))
+        kept = found.stripped.kept
+    except ImageError:
+        return
+    assert kept == KEPT
+    assert at == 24 and not found.was_running
+
+
+@given(st.integers(0, len(SAVE) - 1))
+def test_any_truncated_image_is_refused(length: int) -> None:
+    with pytest.raises(ImageError):
+        assert image.parse(Path("x"), SAVE[:length]).stripped.kept
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused(garbage: bytes) -> None:
+    for content in (garbage, SAVE[:16] + garbage, SAVE[:92] + garbage, SAVE[: 92 + DATA] + garbage):
+        with pytest.raises(ImageError):
+            assert image.parse(Path("x"), content).stripped.kept
