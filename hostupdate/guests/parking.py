@@ -124,16 +124,8 @@ class Parking:
         self._of("end a guest's QEMU", uuid, end, self._life_ns)
 
     def forget_save(self, uuid: str) -> None:
-        """Removes libvirt's image of the guest; no error where there is none."""
-
-        def forget(domain: Any) -> None:
-            try:
-                domain.managedSaveRemove()
-            except libvirt.libvirtError as error:
-                if "No such file" not in str(error):
-                    raise
-
-        self._of("remove a saved image", uuid, forget)
+        """Removes libvirt's image of the guest. HypervisorError: also where there is none."""
+        self._of("remove a saved image", uuid, lambda domain: domain.managedSaveRemove())
 
     def hook_is_called(self, uuid: str) -> bool:
         """Whether libvirt asks our hook before it starts a guest like this one: it is asked to

@@ -34,7 +34,7 @@ class Domains(Protocol):
     def resume(self, uuid: str) -> None: ...
     def destroy(self, uuid: str) -> None: ...
     def forget_save(self, uuid: str) -> None:
-        """Removes libvirt's image of the guest; no error where there is none."""
+        """Removes libvirt's image of the guest. HypervisorError: also where there is none."""
 
     def hook_is_called(self, uuid: str) -> bool:
         """Whether libvirt asks our hook before it starts a guest like this one."""

@@ -68,10 +68,7 @@ def recover(host: Host, record: ParkedRecord, emulator: str | None = None) -> Re
 def discard(host: Host, record: ParkedRecord) -> None:
     """Gives up what is parked, at its owner's word: the guest can be booted anew then, as after a
     power failure. Its image and its RAM are gone."""
-    way = Saving(host)
-    if record.persistent and not way.settle(record).active:
-        host.domains.forget_save(record.uuid)
-    way.forget(record)
+    Saving(host).finish(record)
 
 
 def parked(record: ParkedRecord) -> str:

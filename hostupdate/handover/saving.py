@@ -14,6 +14,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from uuid import UUID
 
 import msgspec
 
@@ -22,9 +23,9 @@ from hostupdate.errors import (
     GuestError,
     HostUpdateError,
     HypervisorError,
-    InputError,
+    ImageError,
 )
-from hostupdate.handover import image, ram_store
+from hostupdate.handover import domain, image, ram_store
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import store
 from hostupdate.model import GuestState
@@ -115,10 +116,9 @@ class Saving:
         if problem:
             raise GuestError(record.name, f"{problem}; it stays parked")
         loadable = self._host.records.loadable(record.uuid)
-        store(loadable, self._intact(record), durable=False)
         try:
-            image.rewrite(loadable, emulator=emulator, running=False)
-        except InputError as error:
+            store(loadable, _loadable(self._intact(record), emulator), durable=False)
+        except ImageError as error:
             raise GuestError(record.name, f"{error}; it stays parked") from error
         record = msgspec.structs.replace(record, state=ParkedState.STRIPPED, new_emulator=emulator)
         self._host.records.write(record)
@@ -183,8 +183,7 @@ class Saving:
 
     def finish(self, record: ParkedRecord) -> None:
         """Clears up after a guest that runs. Safe to repeat."""
-        if record.persistent:
-            self._host.domains.forget_save(record.uuid)
+        self._forget_save(record)
         self.forget(record)
 
     def abort(self, record: ParkedRecord) -> None:
@@ -193,8 +192,7 @@ class Saving:
         facts = self._host.domains.facts(record.uuid)
         if facts is not None and facts.active:
             self._host.domains.set_ignore_shared(record.uuid, False)
-            if record.persistent:
-                self._host.domains.forget_save(record.uuid)  # half an image
+            self._forget_save(record)  # half an image
             paused = facts.state is GuestState.PAUSED and not facts.paused_by_owner
             if record.was_running and paused:
                 self._host.domains.resume(record.uuid)
@@ -203,10 +201,18 @@ class Saving:
         self.forget(record)
 
     def forget(self, record: ParkedRecord) -> None:
-        """Gives up what is parked. Only for a guest that does not need it."""
+        """Gives up what is parked, but for libvirt's image. For a guest that does not need it."""
         ram_store.unlink(record)
         self._host.hook.release(record)
         self._host.records.remove(record.uuid)
+
+    def _forget_save(self, record: ParkedRecord) -> None:
+        if record.persistent:
+            try:
+                self._host.domains.forget_save(record.uuid)
+            except HypervisorError:
+                if Path(record.guard).exists():
+                    raise
 
     def facts(self, uuid: str) -> DomainFacts:
         """GuestError: libvirt knows no such guest."""
@@ -287,17 +293,21 @@ class Saving:
         return GuestError(record.name, f"{problem}; it stays parked", remedy=remedy)
 
     def _checked(self, record: ParkedRecord, path: Path) -> bytes:
-        """An image that is complete, and this guest's."""
+        """An image that is complete, this guest's, and without just the RAM that is parked."""
         try:
-            data = path.read_bytes()
             found = image.read_image(path)
-        except (OSError, InputError) as error:
+            files = {ram.block: ram.size_bytes for ram in record.ram}
+            kept = {}
+            for name, size_bytes in found.stripped.kept.items():
+                block = name.rpartition("/")[2]  # QEMU may give it as /objects/NAME
+                file_bytes = files.pop(block, 0)  # files end with whole pages, which may be huge
+                kept[name] = size_bytes if size_bytes <= file_bytes else file_bytes
+            image.check(found, uuid=UUID(record.uuid), kept=kept | files)
+        except ImageError as error:
             raise GuestError(record.name, f"it has been saved, but {error}") from error
-        if found.uuid != record.uuid:
-            raise GuestError(record.name, f"{path} is the image of another guest: {found.name}")
-        return data
+        return found.content
 
-    def _intact(self, record: ParkedRecord) -> bytes:
+    def _intact(self, record: ParkedRecord) -> image.SaveImage:
         """The image as it was saved: our copy, or libvirt's."""
         problems = []
         for path in dict.fromkeys((record.image, record.guard)):
@@ -307,10 +317,19 @@ class Saving:
                 problems.append(f"{path}: {error.strerror}")
                 continue
             if hashlib.sha256(data).hexdigest() == record.image_sha256:
-                return data
+                return image.parse(Path(path), data)
             problems.append(f"{path} has changed")
         problem = "; ".join(problems)
         raise GuestError(record.name, f"no image of it is intact ({problem}); it stays parked")
+
+
+def _loadable(saved: image.SaveImage, emulator: str | None) -> bytes:
+    """What a QEMU takes that nobody told of RAM in files: the guest, paused."""
+    xml = saved.xml
+    if emulator is not None:
+        xml = domain.with_emulator(xml, emulator, str(saved.path))
+    head = image.head(xml, saved.cookie, running=False, stored=image.GZIP)
+    return head + image.gzipped(saved.stripped.stream)
 
 
 def _moved_on(record: ParkedRecord) -> GuestError:
