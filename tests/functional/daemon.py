@@ -36,6 +36,10 @@ mount --bind {base}/etc /etc/libvirt
 exec libvirtd --daemon --config /etc/libvirt/libvirtd.conf --pid-file /run/libvirt/libvirtd.pid
 '
 """
+_HIDE_KVM = """\
+[ ! -e /dev/kvm ] || mount --bind {base}/no-kvm /dev/kvm
+[ ! -e /dev/kvm ] || mount -o remount,bind,ro /dev/kvm
+"""
 _KILL = """\
 #!/bin/sh
 exec kill -{signal} "$(cat {base}/run/libvirtd.pid)"
@@ -67,8 +71,10 @@ class Daemon:
         (base / "etc/libvirtd.conf").write_text(_LIBVIRTD_CONF)
         backing = f'memory_backing_dir = "{ram}"\n' if ram else ""
         (base / "etc/qemu.conf").write_text(_QEMU_CONF + backing)
-        # A /dev/kvm that does not work costs two probes at each start of libvirtd.
-        hide = "[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm" if hide_kvm else ""
+        # A /dev/kvm that can be written but does not work costs probes at each start of a guest
+        # (virQEMUCapsIsValid); a file that is read-only cannot be.
+        (base / "no-kvm").touch()
+        hide = _HIDE_KVM.format(base=base) if hide_kvm else ""
         self.start = self._script("start", _START.format(base=base, hide_kvm=hide))
         self.kill = self._script("kill", _KILL.format(base=base, signal="KILL"))
         self.hang = self._script("hang", _KILL.format(base=base, signal="STOP"))
