@@ -1,1 +1,1 @@
-"""Parking a guest and unparking it: what crosses from one QEMU to the next."""
+"""A new QEMU under a running guest, its RAM left in place. libvirt is given in."""

@@ -56,10 +56,12 @@ def domain_xml(
     console: Path,
     witness: Witness | None = None,
     metadata: Mapping[str, str] | None = None,
+    ram_in_files: bool = False,
 ) -> str:
     """The domain's XML: one vCPU, a serial console into the file ``console``, an agent channel.
 
-    No disk, network, balloon, video or USB. RAM is a shared memfd. ``metadata`` holds
+    No disk, network, balloon, video or USB. RAM is a shared memfd, or ``ram_in_files``: below
+    libvirt's ``memory_backing_dir``, as a handover needs it. ``metadata`` holds
     ``urn:hostupdate:guest:1`` elements by name (``{"update-domain": "1"}``); None leaves the
     ``<metadata>`` element out. Pure; raises nothing.
     """
@@ -71,7 +73,7 @@ def domain_xml(
     _add(domain, "memory", str(memory_bytes // 1024), unit="KiB")
     _add(domain, "vcpu", "1")
     backing = _add(domain, "memoryBacking")
-    _add(backing, "source", type="memfd")
+    _add(backing, "source", type="file" if ram_in_files else "memfd")
     _add(backing, "access", mode="shared")
     system = _add(domain, "os")
     _add(system, "type", "hvm", arch="x86_64", machine="pc")

@@ -100,6 +100,7 @@ def up(
     acceleration: Acceleration,
     witness: Witness | None = None,
     metadata: Mapping[str, Mapping[str, str]] | None = None,
+    ram_in_files: bool = False,
     timeout_ns: int = 90_000_000_000,
     clock: Clock | None = None,
 ) -> tuple[GuestStatus, ...]:
@@ -140,6 +141,7 @@ def up(
                 console=console_path(root, name),
                 witness=witness,
                 metadata=(metadata or {}).get(name),
+                ram_in_files=ram_in_files,
             )
             files.write(record_path(root, name), xml)
             host.define(xml)

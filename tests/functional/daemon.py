@@ -36,6 +36,10 @@ mount --bind {base}/etc /etc/libvirt
 exec libvirtd --daemon --config /etc/libvirt/libvirtd.conf --pid-file /run/libvirt/libvirtd.pid
 '
 """
+_HIDE_KVM = """\
+[ ! -e /dev/kvm ] || mount --bind {base}/no-kvm /dev/kvm
+[ ! -e /dev/kvm ] || mount -o remount,bind,ro /dev/kvm
+"""
 _KILL = """\
 #!/bin/sh
 exec kill -{signal} "$(cat {base}/run/libvirtd.pid)"
@@ -60,14 +64,17 @@ class Daemon:
     """Scripts that steps of an update may run: ``start``, ``kill`` (SIGKILL), ``hang`` (SIGSTOP)
     and ``wake`` (SIGCONT)."""
 
-    def __init__(self, base: Path, hide_kvm: bool) -> None:
+    def __init__(self, base: Path, hide_kvm: bool, ram: Path | None = None) -> None:
         self.base = base
         for name in ("run", "lib", "cache", "log", "etc"):
             (base / name).mkdir()
         (base / "etc/libvirtd.conf").write_text(_LIBVIRTD_CONF)
-        (base / "etc/qemu.conf").write_text(_QEMU_CONF)
-        # A /dev/kvm that does not work costs two probes at each start of libvirtd.
-        hide = "[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm" if hide_kvm else ""
+        backing = f'memory_backing_dir = "{ram}"\n' if ram else ""
+        (base / "etc/qemu.conf").write_text(_QEMU_CONF + backing)
+        # A /dev/kvm that can be written but does not work costs probes at each start of a guest
+        # (virQEMUCapsIsValid); a file that is read-only cannot be.
+        (base / "no-kvm").touch()
+        hide = _HIDE_KVM.format(base=base) if hide_kvm else ""
         self.start = self._script("start", _START.format(base=base, hide_kvm=hide))
         self.kill = self._script("kill", _KILL.format(base=base, signal="KILL"))
         self.hang = self._script("hang", _KILL.format(base=base, signal="STOP"))
@@ -82,8 +89,8 @@ class Daemon:
         """The living daemon."""
         with suppress(OSError, ValueError):
             pid = int((self.base / "run/libvirtd.pid").read_text())
-            name = Path(f"/proc/{pid}/comm").read_text().strip()
-            return pid if name == "libvirtd" else None
+            name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+            return pid if name == "libvirtd" and rest.split()[0] not in "ZX" else None
         return None
 
     def ensure(self) -> None:
@@ -116,13 +123,14 @@ class Daemon:
 
 
 class DaemonLab:
-    """Lab guests on a libvirtd of their own."""
+    """Lab guests on a libvirtd of their own; ``ram`` is the directory of their RAM's files."""
 
-    def __init__(self, base: Path, cache: Path, guests: int) -> None:
+    def __init__(self, base: Path, cache: Path, guests: int, ram: Path | None = None) -> None:
         built = image.build(cache)
         acceleration = accelerator.probe(built, cache)
-        self.daemon = Daemon(base, hide_kvm=acceleration.kind != "kvm")
+        self.daemon = Daemon(base, hide_kvm=acceleration.kind != "kvm", ram=ram)
         self._guests, self._image, self._acceleration = guests, built, acceleration
+        self._ram_in_files = ram is not None
         self._state = base / "state"
         self._root = self._state / "lab"
         self._root.mkdir(parents=True)
@@ -147,6 +155,7 @@ class DaemonLab:
                 _MEMORY,
                 image=self._image,
                 acceleration=self._acceleration,
+                ram_in_files=self._ram_in_files,
             )
         finally:
             hypervisor.close()

@@ -17,7 +17,9 @@ PACKAGE = Path(__file__).parents[2] / "hostupdate"
 
 #: Row -> its modules and packages, by their name directly below ``hostupdate``.
 ROWS = {
-    "words": {"errors", "durations", "manifest", "config", "guestpolicy", "model", "rivals"},
+    "words": {
+        *("errors", "durations", "manifest", "config", "guestpolicy", "model", "rivals", "parked"),
+    },
     "judgement": {
         *("plan", "prediction", "impact", "rollout", "events", "timeline", "skew", "vitals"),
         "unwinding",

@@ -1,0 +1,233 @@
+"""What taking a guest's QEMU away and giving it another needs of libvirt.
+
+libvirt knows nothing of QEMU's x-ignore-shared and leaves it as it is (qemu_migration_params.c):
+what sets it must unset it. A managed save stops the guest, writes its image and ends its QEMU; an
+error, or the daemon's death, before the last of these lets the guest go on (qemu_driver.c,
+qemu_process.c: qemuProcessRecoverJob).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import libvirt
+import libvirt_qemu
+
+from hostupdate.errors import HypervisorError
+from hostupdate.guests.hypervisor import _STATES, Hypervisor
+from hostupdate.model import GuestState
+from hostupdate.parked import DomainFacts, Stamp
+
+T = TypeVar("T")
+
+#: A guest that has been restored and is paused says "migration" (qemuProcessStart).
+_BUSY = {libvirt.VIR_DOMAIN_PAUSED_SAVE, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP}
+_PROBE = "hostupdate-hook-probe"
+_EVENT_S = 1.0
+
+
+class Parking:
+    """Guests of an open connection. Errors are those of :class:`Hypervisor`; ``life_ns`` bounds
+    what starts or ends a QEMU."""
+
+    def __init__(self, hypervisor: Hypervisor, *, life_ns: int) -> None:
+        self._hypervisor = hypervisor
+        self._life_ns = life_ns
+        self._watched: Any = None
+        self._changed = threading.Condition()
+        self._stamps: dict[tuple[str, str], Stamp] = {}
+
+    def facts(self, uuid: str) -> DomainFacts | None:
+        """None where libvirt knows no such guest."""
+
+        def ask(connection: Any) -> DomainFacts | None:
+            try:
+                domain = connection.lookupByUUIDString(uuid)
+                number, reason = domain.state()
+                active = bool(domain.isActive())
+                return DomainFacts(
+                    name=domain.name(),
+                    state=_STATES.get(number, GuestState.UNKNOWN),
+                    busy=number == libvirt.VIR_DOMAIN_PAUSED and reason in _BUSY,
+                    paused_by_owner=number == libvirt.VIR_DOMAIN_PAUSED
+                    and reason == libvirt.VIR_DOMAIN_PAUSED_USER,
+                    persistent=bool(domain.isPersistent()),
+                    memory_bytes=domain.info()[1] * 1024,
+                    **_described(domain.XMLDesc(), active),
+                )
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                    return None
+                raise
+
+        return self._call("inspect a guest", ask)
+
+    def set_ignore_shared(self, uuid: str, on: bool) -> None:
+        """A save leaves out RAM that lies in files, or does not. Taints the instance for libvirt
+        ("custom-monitor"): a line in its log."""
+        state = [{"capability": "x-ignore-shared", "state": on}]
+        self._monitor(uuid, "migrate-set-capabilities", {"capabilities": state})
+
+    def ignores_shared(self, uuid: str) -> bool:
+        """Whether a save would leave out RAM that lies in files."""
+        found = self._monitor(uuid, "query-migrate-capabilities", {})
+        return any(each["capability"] == "x-ignore-shared" and each["state"] for each in found)
+
+    def managed_save(self, uuid: str) -> None:
+        """To where libvirt keeps such an image.
+
+        Not with VIR_DOMAIN_SAVE_PAUSED: a save that fails would then leave the guest stopped
+        (qemuDomainSaveInternal takes the flag for what the guest was).
+        """
+        self._drop(uuid, "STOP")
+        self._of("save a guest", uuid, lambda domain: domain.managedSave(), self._life_ns)
+
+    def save(self, uuid: str, path: Path) -> None:
+        """To ``path``: how a guest without a definition is saved."""
+        self._drop(uuid, "STOP")
+        self._of("save a guest", uuid, lambda domain: domain.save(str(path)), self._life_ns)
+
+    def cancel(self, uuid: str) -> None:
+        """Ends a save under way; the guest goes on. No error where there is none."""
+        with suppress(HypervisorError):
+            self._of("end a save", uuid, lambda domain: domain.abortJob())
+
+    def restore(self, path: Path) -> None:
+        """A guest from an image; it is paused then."""
+        flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
+        self._call(
+            "restore a guest", lambda conn: conn.restoreFlags(str(path), None, flags), self._life_ns
+        )
+
+    def resume(self, uuid: str) -> None:
+        """Lets the guest run."""
+        self._drop(uuid, "RESUME")
+        self._of("resume a guest", uuid, lambda domain: domain.resume())
+
+    def destroy(self, uuid: str) -> None:
+        """Ends the guest's QEMU at once; no error where it has none."""
+
+        def end(domain: Any) -> None:
+            try:
+                domain.destroy()
+            except libvirt.libvirtError:
+                if domain.isActive():
+                    raise
+
+        self._of("end a guest's QEMU", uuid, end, self._life_ns)
+
+    def forget_save(self, uuid: str) -> None:
+        """Removes libvirt's image of the guest. HypervisorError: also where there is none."""
+        self._of("remove a saved image", uuid, lambda domain: domain.managedSaveRemove())
+
+    def hook_is_called(self, uuid: str) -> bool:
+        """Whether libvirt asks our hook before it starts a guest like this one: it is asked to
+        start one of a name that the hook refuses before there is a QEMU."""
+
+        def ask(connection: Any) -> bool:
+            like = ET.fromstring(connection.lookupByUUIDString(uuid).XMLDesc())
+            flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
+            try:
+                domain = connection.createXML(_probe(like), flags)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_HOOK_SCRIPT_FAILED:
+                    return True
+                raise
+            domain.destroy()
+            return False
+
+        return self._call("try libvirt's hook", ask, self._life_ns)
+
+    def watch(self) -> None:
+        """From now on, until the daemon ends, stops and resumes are noted."""
+        self._call("watch guests", lambda _connection: None)
+
+    def stopped(self, uuid: str) -> Stamp | None:
+        """The STOP event of its last save; waits a little for one that is on its way."""
+        return self._stamp(uuid, "STOP")
+
+    def resumed(self, uuid: str) -> Stamp | None:
+        """The RESUME event of its last resume, likewise."""
+        return self._stamp(uuid, "RESUME")
+
+    def _stamp(self, uuid: str, event: str) -> Stamp | None:
+        with self._changed:
+            self._changed.wait_for(lambda: (uuid, event) in self._stamps, _EVENT_S)
+            return self._stamps.get((uuid, event))
+
+    def _drop(self, uuid: str, event: str) -> None:
+        with self._changed:
+            self._stamps.pop((uuid, event), None)
+
+    def _event(
+        self, _c: Any, domain: Any, event: str, seconds: int, micros: int, _d: Any, _o: Any
+    ) -> None:
+        realtime_ns = seconds * 1_000_000_000 + micros * 1000
+        monotonic_ns = realtime_ns - time.time_ns() + time.monotonic_ns()
+        with self._changed:
+            stamp = Stamp(realtime_ns=realtime_ns, monotonic_ns=monotonic_ns)
+            self._stamps[domain.UUIDString(), event] = stamp
+            self._changed.notify_all()
+
+    def _monitor(self, uuid: str, command: str, arguments: dict[str, Any]) -> Any:
+        text = json.dumps({"execute": command, "arguments": arguments}, separators=(",", ":"))
+        reply = self._of(
+            command, uuid, lambda domain: libvirt_qemu.qemuMonitorCommand(domain, text, 0)
+        )
+        answer = json.loads(reply)
+        if "return" not in answer:
+            problem = answer.get("error", {}).get("desc", "an answer that says nothing")
+            raise HypervisorError(f"QEMU: {command}: {problem}")
+        return answer["return"]
+
+    def _of(
+        self, what: str, uuid: str, run: Callable[[Any], T], timeout_ns: int | None = None
+    ) -> T:
+        return self._call(what, lambda conn: run(conn.lookupByUUIDString(uuid)), timeout_ns)
+
+    def _call(self, what: str, run: Callable[[Any], T], timeout_ns: int | None = None) -> T:
+        self._hypervisor.revive()
+
+        def watched(connection: Any) -> T:
+            if self._watched is not connection:
+                flags = libvirt_qemu.VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
+                libvirt_qemu.qemuMonitorEventRegister(
+                    connection, None, "^(STOP|RESUME)$", self._event, None, flags
+                )
+                self._watched = connection
+            return run(connection)
+
+        return self._hypervisor.call(what, watched, timeout_ns)
+
+
+def _described(xml: str, active: bool) -> dict[str, Any]:
+    domain = ET.fromstring(xml)
+    problem = ""
+    label = domain.find("seclabel[@model='selinux'][@type='dynamic']")
+    if active and label is not None:
+        problem = (
+            "SELinux gives each QEMU another label, and its RAM files would keep the old one; "
+            "not supported yet"
+        )
+    return {"emulator": domain.findtext("devices/emulator") or "", "problem": problem}
+
+
+def _probe(like: ET.Element) -> str:
+    """The least domain of the same kind."""
+    probe = ET.Element("domain", type=like.get("type", "qemu"))
+    ET.SubElement(probe, "name").text = _PROBE
+    ET.SubElement(probe, "memory", unit="KiB").text = "1024"
+    kind = like.find("os/type")
+    if kind is not None:
+        kind.tail = None
+        ET.SubElement(probe, "os").append(kind)
+    devices = ET.SubElement(probe, "devices")
+    ET.SubElement(devices, "emulator").text = like.findtext("devices/emulator")
+    return ET.tostring(probe, encoding="unicode")

@@ -1,0 +1,100 @@
+"""The parked records of a host, one file a guest, and the images beside them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from hostupdate.errors import InputError, PrerequisiteError
+from hostupdate.parked import ParkedRecord, decode_parked, encode_parked
+
+
+class ParkedRecords:
+    """``STATE/parked/UUID.json``. A guest that is through has no file here."""
+
+    def __init__(self, state: Path) -> None:
+        self.directory = state / "parked"
+
+    def path(self, uuid: str) -> Path:
+        """Where a guest's record lies."""
+        return self.directory / f"{uuid}.json"
+
+    def image(self, uuid: str) -> Path:
+        """Where our copy of its image lies."""
+        return self.directory / f"{uuid}.image"
+
+    def loadable(self, uuid: str) -> Path:
+        """Where the image lies that a QEMU can load; there only while one does."""
+        return self.directory / f"{uuid}.loadable"
+
+    def write(self, record: ParkedRecord) -> None:
+        """Replaces the guest's record as a whole; on disk when it returns. PrerequisiteError:
+        the one before is still there."""
+        store(self.path(record.uuid), encode_parked(record))
+
+    def read(self, uuid: str) -> ParkedRecord | None:
+        """A guest's record; None where it has none. InputError: damaged, foreign, or of another
+        guest."""
+        path = self.path(uuid)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(
+                str(path), "", error.strerror or "cannot be read", remedy="run as root"
+            ) from error
+        record = decode_parked(data, str(path))
+        if record.uuid != uuid:
+            raise InputError(
+                str(path), "record.uuid", f"{record.uuid} is not the guest that the file names",
+                remedy="give the file the name that its record says",
+            )  # fmt: skip
+        return record
+
+    def uuids(self) -> list[str]:
+        """Guests that have a record, whatever its state."""
+        return sorted(path.stem for path in self.directory.glob("*.json"))
+
+    def remove(self, uuid: str) -> None:
+        """Removes the images, then the record. Safe to repeat."""
+        for path in (self.loadable(uuid), self.image(uuid), self.path(uuid)):
+            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            sync_directory(self.directory)
+
+
+def store(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
+    """Writes a file whole or not at all; on disk when it returns, where ``durable``. Makes its
+    directory, for us alone. PrerequisiteError: what was there before still is."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        try:
+            os.fchmod(fd, mode)
+            while data:
+                data = data[os.write(fd, data) :]
+            if durable:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        temporary.rename(path)
+        if durable:
+            sync_directory(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise PrerequisiteError(
+            f"{path} cannot be written: {error.strerror}", remedy=f"make room on {path.parent}"
+        ) from error
+
+
+def sync_directory(path: Path) -> None:
+    """Flushes a directory: what was renamed or removed in it stays so."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

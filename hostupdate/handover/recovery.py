@@ -1,0 +1,79 @@
+"""What becomes of a guest whose handover was interrupted, whatever interrupted it.
+
+What the record says is where the handover was at least; what is, libvirt and the files tell.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+from hostupdate.errors import GuestError
+from hostupdate.handover import ram_store
+from hostupdate.handover.ports import Host
+from hostupdate.handover.saving import Saving
+from hostupdate.model import GuestState
+from hostupdate.parked import ParkedRecord, ParkedState
+
+
+class Recovered(StrEnum):
+    """What :func:`recover` found and did. There is no record any more."""
+
+    UNTOUCHED = "untouched"  #: it runs under its old QEMU, or its owner has ended it
+    UNPARKED = "unparked"  #: it was parked and runs again
+    COMMITTED = "committed"  #: it had been let run under its new QEMU
+
+
+def recover(host: Host, record: ParkedRecord, emulator: str | None = None) -> Recovered:
+    """Lets a guest run again on its own RAM, or leaves it parked. Safe to repeat.
+
+    ``emulator`` is what a parked guest comes under; None: that of its image.
+
+    GuestError: it stays as it is and needs a human, or another try. HypervisorError and
+    DeadlineError: libvirt does not answer; nothing is known then.
+    """
+    way = Saving(host)
+    facts = way.settle(record)
+    if record.state is ParkedState.LINKED:
+        if facts.active or not host.hook.guards(record):
+            way.abort(record)
+            return Recovered.UNTOUCHED
+        if not Path(record.guard).exists():
+            raise GuestError(
+                record.name, "it ended while it was being saved, and there is no image of it",
+                remedy=_DISCARD,
+            )  # fmt: skip
+        record = way.saved(record)
+    if record.state is ParkedState.RUNNING:
+        if not facts.active:
+            raise GuestError(
+                record.name, "it was let run under its new QEMU, and has ended since",
+                remedy=_DISCARD,
+            )  # fmt: skip
+        if record.was_running and facts.state is GuestState.PAUSED and not facts.paused_by_owner:
+            host.domains.resume(record.uuid)
+        way.finish(record)
+        return Recovered.COMMITTED
+    if facts.active:
+        way.verify(record)  # somebody's start, or ours
+        if facts.state is GuestState.RUNNING:
+            way.finish(record)
+            return Recovered.COMMITTED
+    else:
+        record = way.unpark(record, emulator)
+    way.finish(way.commit(record))
+    return Recovered.UNPARKED
+
+
+def discard(host: Host, record: ParkedRecord) -> None:
+    """Gives up what is parked, at its owner's word: the guest can be booted anew then, as after a
+    power failure. Its image and its RAM are gone."""
+    Saving(host).finish(record)
+
+
+def parked(record: ParkedRecord) -> str:
+    """Whether a parked guest can come back, as far as its files tell: what is wrong, or empty."""
+    return ram_store.problem_of(record)
+
+
+_DISCARD = "look at its disks, then `hostupdate resume --discard`; it can be started anew then"

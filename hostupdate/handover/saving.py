@@ -1,0 +1,338 @@
+"""Way A: libvirt's save takes the guest down, its restore brings it up.
+
+RAM lies in files that QEMU leaves out of the save (x-ignore-shared), so that the image holds the
+state of devices only. As libvirt writes it, it loads under no QEMU that was not told the same, and
+libvirt tells none: an image that cannot be started by mistake. It stays where it is until the guest
+runs; beside the hook it is the second thing that keeps others from starting the guest. What is
+loaded is a copy, rewritten, which says of the guest that it was paused: the third.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from uuid import UUID
+
+import msgspec
+
+from hostupdate.errors import (
+    DeadlineError,
+    GuestError,
+    HostUpdateError,
+    HypervisorError,
+    ImageError,
+)
+from hostupdate.handover import domain, image, ram_store
+from hostupdate.handover.ports import Host
+from hostupdate.handover.records import store
+from hostupdate.model import GuestState
+from hostupdate.parked import DomainFacts, ParkedRecord, ParkedState
+
+_ROOM_BYTES = 64 << 20
+_SETTLE_NS = 30_000_000_000
+_POLL_S = 0.02
+
+
+class Saving:
+    """Fits :class:`hostupdate.handover.ports.Way`. Errors are GuestError where a guest cannot be
+    handled, and those of the hypervisor; the guest's record tells its state then."""
+
+    name = "save"
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def prepare(self, uuid: str) -> ParkedRecord:
+        """The guest's RAM gets its second name. GuestError: it cannot be parked; nothing is left.
+        PrerequisiteError: the record cannot be written."""
+        facts = self.facts(uuid)
+        record = self._record(uuid, facts)
+        self._host.records.write(record)
+        try:
+            ram_store.link(record)
+        except GuestError:
+            self._host.records.remove(uuid)
+            raise
+        return record
+
+    def switch(self, record: ParkedRecord, emulator: str | None) -> ParkedRecord:
+        """Parks and unparks."""
+        return self.unpark(self.park(record), emulator)
+
+    def park(self, record: ParkedRecord) -> ParkedRecord:
+        """The guest has no QEMU then.
+
+        GuestError: it runs, and its handover is aborted. Any other error: its record is as it was;
+        recovery finds out whether the guest runs.
+        """
+        domains = self._host.domains
+        facts = self.facts(record.uuid)
+        if not facts.active or facts.busy:
+            raise GuestError(record.name, f"it is {facts.state} now, or libvirt is at work on it")
+        record = msgspec.structs.replace(record, was_running=facts.state is GuestState.RUNNING)
+        try:
+            self._host.hook.guard(record)
+            domains.set_ignore_shared(record.uuid, True)
+            if record.persistent:
+                domains.managed_save(record.uuid)
+            else:
+                domains.save(record.uuid, Path(record.guard))
+        except HostUpdateError as error:
+            if isinstance(error, DeadlineError):
+                domains.cancel(record.uuid)
+            if self.settle(record).active:
+                self.abort(record)
+                raise GuestError(record.name, f"it was not saved, and runs: {error}") from error
+        return self.saved(record)
+
+    def saved(self, record: ParkedRecord) -> ParkedRecord:
+        """Notes a guest that has been saved. GuestError: its image is not right."""
+        data = self._checked(record, Path(record.guard))
+        if record.guard != record.image:
+            store(Path(record.image), data)
+        stamp = self._host.domains.stopped(record.uuid) if record.was_running else None
+        record = msgspec.structs.replace(
+            record,
+            state=ParkedState.SAVED,
+            image_sha256=hashlib.sha256(data).hexdigest(),
+            stopped_monotonic_ns=stamp.monotonic_ns if stamp else None,
+            stopped_realtime_ns=stamp.realtime_ns if stamp else None,
+        )
+        self._host.records.write(record)
+        return record
+
+    def unpark(self, record: ParkedRecord, emulator: str | None) -> ParkedRecord:
+        """The guest is under a QEMU again, paused, on its own RAM. ``emulator`` None: the one that
+        its image names.
+
+        GuestError: it is parked as before, and this may be repeated, also with another emulator.
+        """
+        if record.state is ParkedState.RUNNING:
+            raise _moved_on(record)
+        problem = ram_store.problem_of(record)
+        if problem:
+            raise GuestError(record.name, f"{problem}; it stays parked")
+        loadable = self._host.records.loadable(record.uuid)
+        try:
+            store(loadable, _loadable(self._intact(record), emulator), durable=False)
+        except ImageError as error:
+            raise GuestError(record.name, f"{error}; it stays parked") from error
+        record = msgspec.structs.replace(record, state=ParkedState.STRIPPED, new_emulator=emulator)
+        self._host.records.write(record)
+        self._host.hook.install()
+        self._host.hook.allow(record)
+        try:
+            try:
+                self._host.domains.restore(loadable)
+            except (HypervisorError, DeadlineError) as error:
+                if not self.settle(record).active:
+                    raise self._still_parked(record, str(error)) from error
+            self.verify(record)
+        except BaseException:
+            self._host.hook.guard(record)
+            raise
+        loadable.unlink(missing_ok=True)
+        return record
+
+    def verify(self, record: ParkedRecord) -> None:
+        """GuestError where the guest's QEMU does not have its parked RAM. One that is paused is
+        ended then, and is parked as before."""
+        facts = self.facts(record.uuid)
+        pid = self._host.find_pid(record.uuid)
+        if pid is not None and ram_store.is_mapped(record, pid):
+            return
+        if facts.state is GuestState.RUNNING or facts.paused_by_owner:
+            raise GuestError(
+                record.name,
+                "it runs, but not on its parked RAM: somebody has booted it",
+                remedy="look into the guest; `hostupdate resume --discard` forgets what was parked",
+            )
+        self._host.domains.destroy(record.uuid)
+        raise self._still_parked(record, "QEMU did not get its parked RAM")
+
+    def rollback(self, record: ParkedRecord) -> ParkedRecord:
+        """From a guest that is paused under the new QEMU, or parked, to one that is paused under
+        the old one. GuestError: it has been let run, or the old one does not take it either."""
+        if record.state is ParkedState.RUNNING:
+            raise _moved_on(record)
+        self._host.domains.destroy(record.uuid)
+        return self.unpark(record, record.old_emulator)
+
+    def commit(self, record: ParkedRecord) -> ParkedRecord:
+        """Lets the guest run, if it did before. No way back from here."""
+        record = msgspec.structs.replace(record, state=ParkedState.RUNNING)
+        self._host.records.write(record)
+        if record.was_running:
+            self._host.domains.resume(record.uuid)
+        return record
+
+    def blackout_ns(self, record: ParkedRecord) -> int | None:
+        """From the guest's own stop to its own run, both as QEMU said. None: it did not run
+        before, or this process or the one that parked it has not seen the event."""
+        if record.stopped_monotonic_ns is None or record.stopped_realtime_ns is None:
+            return None
+        stamp = self._host.domains.resumed(record.uuid)
+        if stamp is None:
+            return None
+        if record.boot_id != self._host.boot_id:  # the monotonic clock began anew
+            return stamp.realtime_ns - record.stopped_realtime_ns
+        return stamp.monotonic_ns - record.stopped_monotonic_ns
+
+    def finish(self, record: ParkedRecord) -> None:
+        """Clears up after a guest that runs. Safe to repeat."""
+        self._forget_save(record)
+        self.forget(record)
+
+    def abort(self, record: ParkedRecord) -> None:
+        """The guest is under its old QEMU as if nothing had been. Safe to repeat. Raises what the
+        hypervisor does, the record is still there then. GuestError: it has been saved."""
+        facts = self._host.domains.facts(record.uuid)
+        if facts is not None and facts.active:
+            self._host.domains.set_ignore_shared(record.uuid, False)
+            self._forget_save(record)  # half an image
+            paused = facts.state is GuestState.PAUSED and not facts.paused_by_owner
+            if record.was_running and paused:
+                self._host.domains.resume(record.uuid)
+        elif self._host.hook.guards(record):
+            raise GuestError(record.name, "it has no QEMU any more: unpark it")
+        self.forget(record)
+
+    def forget(self, record: ParkedRecord) -> None:
+        """Gives up what is parked, but for libvirt's image. For a guest that does not need it."""
+        ram_store.unlink(record)
+        self._host.hook.release(record)
+        self._host.records.remove(record.uuid)
+
+    def _forget_save(self, record: ParkedRecord) -> None:
+        if record.persistent:
+            try:
+                self._host.domains.forget_save(record.uuid)
+            except HypervisorError:
+                if Path(record.guard).exists():
+                    raise
+
+    def facts(self, uuid: str) -> DomainFacts:
+        """GuestError: libvirt knows no such guest."""
+        facts = self._host.domains.facts(uuid)
+        if facts is None:
+            raise GuestError(uuid, "libvirt knows no such guest")
+        return facts
+
+    def settle(self, record: ParkedRecord) -> DomainFacts:
+        """The guest, once libvirt is done with it. DeadlineError: it is not."""
+        deadline_ns = time.monotonic_ns() + _SETTLE_NS
+        while True:
+            facts = self._host.domains.facts(record.uuid)
+            if facts is None:  # without a definition it is known only while it has a QEMU
+                return DomainFacts(
+                    name=record.name,
+                    state=GuestState.GONE,
+                    busy=False,
+                    paused_by_owner=False,
+                    persistent=False,
+                    emulator="",
+                    memory_bytes=0,
+                )
+            if not facts.busy:
+                return facts
+            if time.monotonic_ns() >= deadline_ns:
+                raise DeadlineError(f"libvirt's work on guest {record.name}", _SETTLE_NS)
+            time.sleep(_POLL_S)
+
+    def _record(self, uuid: str, facts: DomainFacts) -> ParkedRecord:
+        name, records = facts.name, self._host.records
+        if not facts.active or facts.busy:
+            raise GuestError(name, f"it is {facts.state}, or libvirt is at work on it")
+        if facts.problem:
+            raise GuestError(name, facts.problem)
+        if records.read(uuid) is not None:
+            raise GuestError(name, "a handover of it has not ended", remedy="hostupdate resume")
+        pid = self._host.find_pid(uuid)
+        if pid is None:
+            raise GuestError(name, "its QEMU process was not found")
+        ram = ram_store.find(name, uuid, pid)
+        if ram.size_bytes < facts.memory_bytes:
+            raise GuestError(
+                name, f"only {ram.size_bytes} of its {facts.memory_bytes} bytes of RAM are in files"
+            )
+        guard = self._host.save_directory / f"{name}.save"
+        if facts.persistent and guard.exists():
+            remedy = f"virsh managedsave-remove {name}"
+            raise GuestError(name, f"a saved image of it is in the way: {guard}", remedy=remedy)
+        for place in {records.directory.parent, self._host.save_directory}:
+            free = os.statvfs(place)
+            if free.f_bavail * free.f_frsize < _ROOM_BYTES:
+                raise GuestError(name, f"its image needs {_ROOM_BYTES >> 20} MiB on {place}")
+        return ParkedRecord(
+            run_id=self._host.run_id,
+            boot_id=self._host.boot_id,
+            uri=self._host.uri,
+            name=name,
+            uuid=uuid,
+            way=self.name,
+            state=ParkedState.LINKED,
+            persistent=facts.persistent,
+            was_running=facts.state is GuestState.RUNNING,
+            ram_directory=str(ram.directory),
+            short_name=ram.short_name,
+            ram=ram.files,
+            image=str(records.image(uuid)),
+            guard=str(guard if facts.persistent else records.image(uuid)),
+            old_emulator=facts.emulator,
+        )
+
+    def _still_parked(self, record: ParkedRecord, problem: str) -> GuestError:
+        """A QEMU without the guest's RAM often does not even load the rest."""
+        remedy = ""
+        with suppress(HypervisorError, DeadlineError):
+            if not self._host.domains.hook_is_called(record.uuid):
+                remedy = "systemctl reload libvirtd: it does not call our hook yet; then resume"
+        return GuestError(record.name, f"{problem}; it stays parked", remedy=remedy)
+
+    def _checked(self, record: ParkedRecord, path: Path) -> bytes:
+        """An image that is complete, this guest's, and without just the RAM that is parked."""
+        try:
+            found = image.read_image(path)
+            files = {ram.block: ram.size_bytes for ram in record.ram}
+            kept = {}
+            for name, size_bytes in found.stripped.kept.items():
+                block = name.rpartition("/")[2]  # QEMU may give it as /objects/NAME
+                file_bytes = files.pop(block, 0)  # files end with whole pages, which may be huge
+                kept[name] = size_bytes if size_bytes <= file_bytes else file_bytes
+            image.check(found, uuid=UUID(record.uuid), kept=kept | files)
+        except ImageError as error:
+            raise GuestError(record.name, f"it has been saved, but {error}") from error
+        return found.content
+
+    def _intact(self, record: ParkedRecord) -> image.SaveImage:
+        """The image as it was saved: our copy, or libvirt's."""
+        problems = []
+        for path in dict.fromkeys((record.image, record.guard)):
+            try:
+                data = Path(path).read_bytes()
+            except OSError as error:
+                problems.append(f"{path}: {error.strerror}")
+                continue
+            if hashlib.sha256(data).hexdigest() == record.image_sha256:
+                return image.parse(Path(path), data)
+            problems.append(f"{path} has changed")
+        problem = "; ".join(problems)
+        raise GuestError(record.name, f"no image of it is intact ({problem}); it stays parked")
+
+
+def _loadable(saved: image.SaveImage, emulator: str | None) -> bytes:
+    """What a QEMU takes that nobody told of RAM in files: the guest, paused."""
+    xml = saved.xml
+    if emulator is not None:
+        xml = domain.with_emulator(xml, emulator, str(saved.path))
+    head = image.head(xml, saved.cookie, running=False, stored=image.GZIP)
+    return head + image.gzipped(saved.stripped.stream)
+
+
+def _moved_on(record: ParkedRecord) -> GuestError:
+    return GuestError(
+        record.name, "it has been let run under its new QEMU and moved on: there is no way back"
+    )

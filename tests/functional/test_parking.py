@@ -1,0 +1,497 @@
+"""A guest's QEMU is taken away and replaced, its RAM left in place, under a libvirtd of our own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hostupdate.errors import GuestError, HostUpdateError
+from hostupdate.guests import Hypervisor
+from hostupdate.guests.parking import Parking
+from hostupdate.guests.scratch import ScratchGuests
+from hostupdate.handover.ports import Host
+from hostupdate.handover.recovery import Recovered, discard, recover
+from hostupdate.handover.saving import Saving
+from hostupdate.lab import console
+from hostupdate.lab.root import record_path
+from hostupdate.model import GuestState
+from hostupdate.parked import ParkedRecord, ParkedState
+from tests.functional.cli import Lab
+from tests.functional.conftest import make_cache
+from tests.functional.daemon import Daemon, DaemonLab
+from tests.functional.handover import CALL_NS, host_of, pid_of
+from tests.requirements import need
+
+FOREIGN_HOOK = '#!/bin/sh\necho "$1 $2 $3" >>{log}\n'
+
+
+@dataclass
+class Parked:
+    """One guest, and the hands that park it."""
+
+    base: Path
+    daemon: Daemon
+    lab: Lab
+    host: Host
+    uuid: str
+
+    @property
+    def name(self) -> str:
+        return self.lab.names[0]
+
+    @property
+    def domains(self) -> Parking:
+        assert isinstance(self.host.domains, Parking)
+        return self.host.domains
+
+    @property
+    def way(self) -> Saving:
+        return Saving(self.host)
+
+    @property
+    def guard(self) -> Path:
+        return self.host.save_directory / f"{self.name}.save"
+
+    @property
+    def record(self) -> ParkedRecord:
+        record = self.host.records.read(self.uuid)
+        assert record is not None
+        return record
+
+    def park(self) -> ParkedRecord:
+        return self.way.park(self.way.prepare(self.uuid))
+
+    def bring_back(self, record: ParkedRecord) -> int | None:
+        """Unparks and lets run; the blackout."""
+        record = self.way.commit(self.way.unpark(record, None))
+        blackout_ns = self.way.blackout_ns(record)
+        self.way.finish(record)
+        return blackout_ns
+
+    def owner(self) -> ScratchGuests:
+        return ScratchGuests(Hypervisor(self.daemon.uri, timeout_ns=CALL_NS))
+
+    def state(self) -> GuestState:
+        facts = self.domains.facts(self.uuid)
+        assert facts is not None
+        return facts.state
+
+    def virsh(self, *words: str) -> subprocess.CompletedProcess[str]:
+        argv = ["virsh", "-c", self.daemon.uri, *words]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+
+    def files(self) -> list[str]:
+        """All that a handover leaves while it is under way."""
+        places = (
+            self.base / "ram/hostupdate-parked",
+            self.base / "state/parked",
+            self.base / "state/hook",
+            self.host.save_directory,
+        )
+        return sorted(str(path) for place in places for path in place.rglob("*") if path.is_file())
+
+    def assert_as_if_nothing_had_been(self) -> None:
+        assert self.files() == []
+        assert self.state() is GuestState.RUNNING
+        assert not self.domains.ignores_shared(self.uuid)
+        self.lab.assert_healthy()
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[DaemonLab]:
+    need("root", "qemu", "libvirt", "lab")
+    base = Path(tempfile.mkdtemp(prefix="hu-p-", dir="/var/tmp"))
+    (base / "state").mkdir(mode=0o700)
+    ram = base / "ram"
+    ram.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512M,mode=755", "hu", ram], check=True)
+    hooks = base / "etc/hooks/qemu.d"
+    try:
+        lab = DaemonLab(base, make_cache(base / "state"), guests=2, ram=ram)
+        hooks.mkdir(parents=True)
+        yield lab
+        lab.remove()
+    finally:
+        subprocess.run(["umount", "--lazy", ram], check=True)
+        shutil.rmtree(base)
+
+
+@pytest.fixture
+def guest(made: DaemonLab) -> Iterator[Parked]:
+    """A guest that runs before and after each test, its handover's traces gone."""
+    made.daemon.ensure()
+    host = host_of(made.daemon.base, made.daemon.uri)
+    names = made.lab.names
+    hypervisor = Hypervisor(made.daemon.uri, timeout_ns=CALL_NS)
+    uuids = {each.name: each.uuid for each in hypervisor.guests()}
+    guest = Parked(made.daemon.base, made.daemon, made.lab, host, uuids[names[0]])
+    host.hook.install()
+    if not guest.domains.hook_is_called(guest.uuid):
+        pid = made.daemon.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGHUP)
+        wait(lambda: guest.domains.hook_is_called(guest.uuid))
+    yield guest
+    made.daemon.ensure()
+    if host.records.read(guest.uuid) is not None:  # for the next test's sake
+        recover(host, guest.record)
+    guest.assert_as_if_nothing_had_been()
+
+
+def wait(condition: object, seconds: float = 20) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_daemon_that_had_no_hook_calls_it_once_it_has_reloaded(made: DaemonLab) -> None:
+    host = host_of(made.daemon.base, made.daemon.uri)
+    hypervisor = Hypervisor(made.daemon.uri, timeout_ns=CALL_NS)
+    uuid = hypervisor.guests()[0].uuid
+    host.hook.uninstall()
+    made.daemon.end()
+    made.daemon.ensure()
+    host.hook.install()
+    assert not host.domains.hook_is_called(uuid)
+    pid = made.daemon.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGHUP)
+    wait(lambda: host.domains.hook_is_called(uuid))
+    made.lab.assert_healthy()
+
+
+def test_a_guest_goes_on_where_it_was(guest: Parked, capsys: pytest.CaptureFixture[str]) -> None:
+    log = guest.lab.console(guest.name)
+    before = console.last_tick(log)
+    pid = pid_of(guest.uuid)
+    record = guest.park()
+    assert record.state is ParkedState.SAVED
+    assert guest.state() is GuestState.SHUTOFF
+    assert pid_of(guest.uuid) is None
+    assert guest.guard.exists()
+    blackout_ns = guest.bring_back(record)
+    assert pid_of(guest.uuid) not in (pid, None)
+    assert before is not None
+    console.wait_ticks(log, 3, time.monotonic_ns() + 30_000_000_000)
+    numbers = [tick.seq for tick in console.ticks(log, after_seq=before.seq)]
+    assert numbers == list(range(before.seq + 1, before.seq + 1 + len(numbers)))
+    assert blackout_ns is not None and blackout_ns > 0
+    with capsys.disabled():
+        print(f"\n[park and unpark: blackout {blackout_ns / 1e6:.0f} ms]")
+
+
+def test_five_in_a_row_leave_nothing(guest: Parked, capsys: pytest.CaptureFixture[str]) -> None:
+    blackouts = []
+    for _ in range(5):
+        record = guest.way.switch(guest.way.prepare(guest.uuid), None)
+        record = guest.way.commit(record)
+        blackouts.append(guest.way.blackout_ns(record))
+        guest.way.finish(record)
+        guest.assert_as_if_nothing_had_been()
+    homes = sorted((guest.base / "ram/libvirt/qemu").iterdir())
+    assert len(homes) == len(guest.lab.names)
+    with capsys.disabled():
+        print(f"\n[five handovers: blackouts {[round((b or 0) / 1e6) for b in blackouts]} ms]")
+
+
+def test_a_paused_guest_stays_paused(guest: Parked) -> None:
+    guest.owner().suspend(guest.name)
+    guest.bring_back(guest.park())
+    assert guest.state() is GuestState.PAUSED
+    assert guest.files() == []
+    guest.owner().resume(guest.name)
+
+
+def test_another_emulator(guest: Parked, tmp_path: Path) -> None:
+    """And back to the old one from a guest that is paused under the new one."""
+    other = guest.base / "other-qemu"
+    other.write_text('#!/bin/sh\nexec /usr/bin/qemu-system-x86_64 "$@"\n')
+    other.chmod(0o755)
+    record = guest.way.switch(guest.way.prepare(guest.uuid), str(other))
+    facts = guest.domains.facts(guest.uuid)
+    assert facts is not None and facts.emulator == str(other)
+    assert facts.state is GuestState.PAUSED
+    record = guest.way.rollback(record)
+    facts = guest.domains.facts(guest.uuid)
+    assert facts is not None and facts.emulator == record.old_emulator
+    record = guest.way.commit(record)
+    with pytest.raises(GuestError, match="no way back"):
+        guest.way.rollback(record)
+    guest.way.finish(record)
+
+
+def test_an_emulator_that_does_not_take_it(guest: Parked) -> None:
+    """The guest stays parked, its image and its RAM as they were."""
+    broken = guest.base / "broken-qemu"
+    # It answers libvirt's questions, and ends where it is to load a guest.
+    broken.write_text(
+        '#!/bin/sh\ncase "$*" in *-incoming*) echo no >&2; exit 1 ;; esac\n'
+        'exec /usr/bin/qemu-system-x86_64 "$@"\n'
+    )
+    broken.chmod(0o755)
+    record = guest.park()
+    image = Path(record.image).read_bytes()
+    with pytest.raises(GuestError, match="stays parked"):
+        guest.way.unpark(record, str(broken))
+    assert guest.state() is GuestState.SHUTOFF
+    assert Path(record.image).read_bytes() == image
+    record = guest.way.rollback(guest.record)
+    guest.way.finish(guest.way.commit(record))
+
+
+@pytest.mark.parametrize("how", ["start", "start --paused", "start --force-boot", "removed"])
+def test_nobody_else_starts_a_parked_guest(guest: Parked, how: str) -> None:
+    record = guest.park()
+    image = Path(record.image).read_bytes()
+    if how == "removed":
+        assert guest.virsh("managedsave-remove", guest.name).returncode == 0
+        tried = guest.virsh("start", guest.name)
+    else:
+        verb, *options = how.split()
+        tried = guest.virsh(verb, guest.name, *options)
+    assert tried.returncode != 0
+    assert "hostupdate resume" in tried.stderr
+    assert guest.state() is GuestState.SHUTOFF
+    assert Path(record.image).read_bytes() == image
+    guest.bring_back(record)
+
+
+def test_another_guest_of_its_name(guest: Parked) -> None:
+    record = guest.park()
+    xml = (
+        f"<domain type='qemu'><name>{guest.name}</name><memory>1024</memory>"
+        "<os><type>hvm</type></os></domain>"
+    )
+    path = guest.base / "same-name.xml"
+    path.write_text(xml)
+    assert guest.virsh("undefine", "--managed-save", guest.name).returncode == 0
+    tried = guest.virsh("create", str(path))
+    assert "name" in tried.stderr and tried.returncode != 0
+    guest.bring_back(record)  # without a definition
+    guest.owner().define(record_path(guest.lab.root, guest.name).read_text())
+
+
+def test_other_guests_and_hooks_are_left_alone(guest: Parked) -> None:
+    """The other guest of the lab is started and ended while one is parked; another's hook is
+    called beside ours and is there afterwards."""
+    log = guest.base / "foreign.log"
+    foreign = guest.host.hook.path.with_name("another")
+    foreign.write_text(FOREIGN_HOOK.format(log=log))
+    foreign.chmod(0o755)
+    other = guest.lab.names[1]
+    record = guest.park()
+    assert guest.virsh("managedsave", other).returncode == 0
+    assert guest.virsh("start", other).returncode == 0
+    guest.bring_back(record)
+    guest.host.hook.uninstall()
+    assert not guest.host.hook.path.exists()
+    assert f"{other} start begin" in log.read_text()
+    assert f"{guest.name} start begin" in log.read_text()
+    foreign.unlink()
+
+
+@pytest.mark.parametrize("spoil", ["missing", "truncated", "replaced"])
+def test_ram_that_is_not_as_it_was(guest: Parked, spoil: str) -> None:
+    """Nothing is started; put back, the guest goes on."""
+    record = guest.park()
+    ram = Path(record.ram[0].link)
+    aside = ram.with_name("aside")
+    if spoil == "truncated":
+        with ram.open("rb+") as file:
+            file.seek(-4096, os.SEEK_END)
+            page = file.read()
+        os.truncate(ram, record.ram[0].size_bytes - 4096)
+    else:
+        ram.rename(aside)
+    if spoil == "replaced":
+        ram.write_bytes(b"")
+        os.truncate(ram, record.ram[0].size_bytes)
+    with pytest.raises(GuestError, match="stays parked"):
+        guest.way.unpark(record, None)
+    # Nor would the hook have let it pass.
+    guest.host.hook.allow(record)
+    refused = guest.virsh("start", guest.name)
+    assert refused.returncode != 0 and "its RAM file" in refused.stderr
+    guest.host.hook.guard(record)
+    assert guest.state() is GuestState.SHUTOFF
+    if spoil == "truncated":
+        with ram.open("ab") as file:
+            file.write(page)
+    else:
+        aside.rename(ram)
+    guest.bring_back(record)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "truncated", "part", "of another guest"])
+@pytest.mark.parametrize("which", ["ours", "libvirt's"])
+def test_an_image_that_is_not_as_it_was(guest: Parked, spoil: str, which: str) -> None:
+    """One of the two is enough; with neither the guest stays parked."""
+    record = guest.park()
+    ours, guard = Path(record.image), Path(record.guard)
+    image = ours.read_bytes()
+    spoilt = ours if which == "ours" else guard
+    if spoil == "missing":
+        spoilt.unlink()
+    else:
+        spoilt.write_bytes(
+            {
+                "truncated": image[:-100],
+                "part": image.replace(b"LibvirtQemudSave", b"LibvirtQemudPart", 1),
+                "of another guest": image.replace(b"hu-lab-1", b"hu-lab-2"),
+            }[spoil]
+        )
+    if spoil == "part":
+        both = (ours, guard)
+        kept = [path.read_bytes() for path in both]
+        for path in both:
+            path.write_bytes(b"")
+        with pytest.raises(GuestError, match="no image of it is intact"):
+            guest.way.unpark(record, None)
+        for path, data in zip(both, kept, strict=True):
+            path.write_bytes(data)
+    guest.bring_back(record)
+
+
+def test_a_hook_that_is_gone(guest: Parked) -> None:
+    """It is put back. Where the daemon had none at its start it does not call it: the guest has no
+    RAM then, is not let run, and goes on once the daemon has looked again."""
+    record = guest.park()
+    guest.host.hook.path.unlink()
+    guest.daemon.end()
+    guest.daemon.ensure()
+    with pytest.raises(GuestError, match="stays parked") as caught:
+        guest.way.unpark(record, None)
+    assert "reload" in caught.value.remedy
+    assert guest.state() is GuestState.SHUTOFF
+    pid = guest.daemon.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGHUP)
+    wait(lambda: guest.domains.hook_is_called(guest.uuid))
+    guest.bring_back(record)
+
+
+def test_a_full_ram_directory(guest: Parked) -> None:
+    full = guest.base / "ram/full"
+    room = os.statvfs(guest.base / "ram")
+    with full.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize)
+    try:
+        guest.bring_back(guest.park())
+    finally:
+        full.unlink()
+
+
+def test_the_daemon_ends_and_starts_while_guests_are_parked(guest: Parked) -> None:
+    """Its start does not bring back a guest that is to be started at boot."""
+    assert guest.virsh("autostart", guest.name).returncode == 0
+    record = guest.park()
+    guest.daemon.end()
+    guest.daemon.ensure()
+    time.sleep(1)
+    assert guest.state() is GuestState.SHUTOFF
+    guest.bring_back(record)
+    assert guest.virsh("autostart", "--disable", guest.name).returncode == 0
+
+
+def test_an_abort_leaves_a_guest_that_can_be_saved(guest: Parked) -> None:
+    """A save after it holds the guest's RAM."""
+    record = guest.way.prepare(guest.uuid)
+    guest.domains.set_ignore_shared(guest.uuid, True)
+    guest.way.abort(record)
+    guest.assert_as_if_nothing_had_been()
+    assert guest.virsh("managedsave", guest.name).returncode == 0
+    assert guest.guard.stat().st_size > 20 << 20
+    assert guest.virsh("start", guest.name).returncode == 0
+
+
+def test_a_save_that_fails(guest: Parked) -> None:
+    """The guest runs as before, and the next save holds its RAM."""
+    record = guest.way.prepare(guest.uuid)
+    shutil.rmtree(guest.host.save_directory)
+    guest.host.save_directory.write_text("in the way")
+    with pytest.raises(GuestError, match="was not saved, and runs"):
+        guest.way.park(record)
+    guest.host.save_directory.unlink()
+    guest.host.save_directory.mkdir()
+    guest.assert_as_if_nothing_had_been()
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "after records write 1",
+        "after hook guard 1",
+        "after domains set_ignore_shared 1",
+        "after domains managed_save 1",
+        "before records write 2",
+        "after records write 2",
+        "after records write 3",
+        "after hook allow 1",
+        "after domains restore 1",
+        "after records write 4",
+        "after domains resume 1",
+        "after domains forget_save 1",
+        "after hook release 1",
+        "before records remove 1",
+    ],
+)
+def test_our_death(guest: Parked, point: str) -> None:
+    """Whenever it comes, the guest runs or is parked, nobody else can start it, and recovery
+    brings it back; twice, it does no harm."""
+    argv = [sys.executable, "-m", "tests.functional.handover"]
+    ended = subprocess.run(
+        [*argv, str(guest.base), guest.daemon.uri, guest.uuid, point],
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    state = guest.way.settle(guest.record).state
+    if state is GuestState.SHUTOFF:
+        assert guest.virsh("start", guest.name).returncode != 0
+    elif state is GuestState.RUNNING:
+        guest.lab.assert_healthy()
+    recover(guest.host, guest.record)
+    guest.assert_as_if_nothing_had_been()
+
+
+@pytest.mark.parametrize("delay_ms", [0, 20, 60, 150, 300])
+def test_the_daemon_dies_while_it_saves(guest: Parked, delay_ms: int) -> None:
+    record = guest.way.prepare(guest.uuid)
+    killer = subprocess.Popen(["sh", "-c", f"sleep {delay_ms / 1000}; exec {guest.daemon.kill}"])
+    with suppress(HostUpdateError):
+        guest.way.park(record)
+    killer.wait(timeout=20)
+    wait(lambda: guest.daemon.pid is None)
+    guest.daemon.ensure()
+    outcome = recover(guest.host, guest.record)
+    assert outcome in (Recovered.UNTOUCHED, Recovered.UNPARKED)
+    guest.assert_as_if_nothing_had_been()
+
+
+def test_the_daemon_dies_under_a_guest_that_is_paused_under_its_new_qemu(guest: Parked) -> None:
+    record = guest.way.switch(guest.way.prepare(guest.uuid), None)
+    guest.daemon.end()
+    guest.daemon.ensure()
+    assert recover(guest.host, record) is Recovered.UNPARKED
+
+
+def test_what_was_parked_can_be_given_up(guest: Parked) -> None:
+    """Its owner's last resort."""
+    record = guest.park()
+    discard(guest.host, record)
+    assert guest.files() == []
+    guest.lab.console(guest.name).unlink()
+    assert guest.virsh("start", guest.name).returncode == 0
+    console.wait_ready(guest.lab.console(guest.name), time.monotonic_ns() + 60_000_000_000)
