@@ -1,0 +1,1 @@
+"""A guest under another QEMU, its RAM left in place."""
