@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from hostupdate.eligibility import RamBackend
+from hostupdate.handover.harmless import Disk
 
-#: Sends one QMP command with its arguments, with a deadline; returns what it returns. Raises
-#: HypervisorError where QEMU answers with an error or not at all, DeadlineError.
-Command = Callable[[str, Mapping[str, Any]], Any]
+
+class Command(Protocol):
+    """Sends one QMP command with its arguments, and a descriptor where one goes with it, with a
+    deadline; returns what it returns. Raises HypervisorError where QEMU answers with an error or
+    cannot be reached, DeadlineError."""
+
+    def __call__(
+        self, name: str, arguments: Mapping[str, Any], *, fd: int | None = None
+    ) -> Any: ...
+
 
 _BACKEND = "child<memory-backend-"
 
@@ -48,3 +56,19 @@ def blockers(command: Command) -> tuple[str, ...]:
 def block_jobs(command: Command) -> tuple[str, ...]:
     """Ids of the block jobs that run."""
     return tuple(job["device"] for job in command("query-block-jobs", {}))
+
+
+def disks(command: Command) -> dict[str, Disk]:
+    """Disks as they are now, by node name and by the id of their device: after a snapshot a device
+    has another node than at its start. An empty drive has none."""
+    found = {}
+    for block in command("query-block", {}):
+        inserted = block.get("inserted")
+        if inserted is None:
+            continue
+        disk = Disk(inserted["image"]["virtual-size"], inserted["ro"])
+        # /machine/peripheral/virtio-disk0/virtio-backend, or an id alone
+        for name in [inserted.get("node-name", ""), *block.get("qdev", "").split("/")]:
+            if name not in ("", "machine", "peripheral", "virtio-backend"):
+                found[name] = disk
+    return found

@@ -101,7 +101,7 @@ def test_a_qemu_is_asked_for_its_backends_and_blockers() -> None:
         "/objects/m": {"size": 8, "share": True},
     }
 
-    def command(name: str, arguments: object) -> object:
+    def command(name: str, arguments: object, *, fd: int | None = None) -> object:
         assert isinstance(arguments, dict)
         match name:
             case "qom-list":
