@@ -57,7 +57,6 @@ class HandoverFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     domain_xml: str
     backends: tuple[RamBackend, ...]
-    persistent: bool
     embedded: bool
     swap_bytes: int
     security_drivers: frozenset[str]
@@ -132,11 +131,6 @@ def _host_blockers(facts: HandoverFacts) -> Iterator[Blocker]:
         yield Blocker(
             reason="libvirt's embedded driver runs no hooks",
             remedy="define the guest under qemu:///system",
-        )
-    if not facts.persistent:
-        yield Blocker(
-            reason="it is transient: libvirt forgets it when its QEMU ends",
-            remedy="virsh define its XML",
         )
 
 

@@ -27,7 +27,6 @@ def facts(xml: str = "", *, machine: str = MACHINE, **changes: Any) -> HandoverF
     good = HandoverFacts(
         domain_xml=f"<domain type='kvm' id='1'><name>g1</name>{machine}{xml}</domain>",
         backends=(RAM,),
-        persistent=True,
         embedded=False,
         swap_bytes=0,
         security_drivers=frozenset({"apparmor"}),
@@ -128,7 +127,6 @@ def test_devices_that_cannot_be_kept(xml: str, reason: str) -> None:
     ("given", "reason"),
     [
         (facts(embedded=True), "embedded driver"),
-        (facts(persistent=False), "transient"),
         (facts(qemu_blockers=("VFIO is not migratable",)), "QEMU: VFIO is not migratable"),
         (facts(block_jobs=("commit-1",)), "block job commit-1"),
         (facts("<launchSecurity type='sev'/>"), "sev"),
