@@ -22,7 +22,7 @@ ROWS = {
     },
     "judgement": {
         *("plan", "prediction", "impact", "rollout", "events", "timeline", "skew", "vitals"),
-        "unwinding",
+        *("unwinding", "eligibility", "remedy"),
     },
     "faults": {"faults"},
     "core": {"core"},
