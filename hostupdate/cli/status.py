@@ -26,9 +26,9 @@ def command(settings: Settings) -> None:
     interrupted = None
     if pending is not None and not _alive(pending):
         interrupted = pending.run_id
-    runs = journal.runs()
     last = None
     try:
+        runs = journal.runs()
         last = journal.report(runs[-1]) if runs else None
     except InputError as error:  # what goes on now matters more
         print_error(error)

@@ -45,6 +45,7 @@ class Journal:
 
     def holder(self) -> str | None:
         """Who holds the host now, in words; None where nobody does."""
+        self._look()
         return holder(self._runtime)
 
     def new_run(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -299,47 +300,48 @@ def elsewhere(lab: Lab, state: Path) -> Program:
     return Program(state).with_options("--connect", default_lab_uri(lab.run.state))
 
 
-ARMED = {
+OTHER = '{"compatible": "hostupdate-pending-v9", "sha256": "", "record": {}}'
+PENDING = {
     "damaged": ("{", "damaged"),
     "empty": ("", "damaged"),
-    "of another version": ('{"schema": "hostupdate-armed-v9"}', "'hostupdate-armed-v9' is not"),
-    "with a wrong value": ('{"schema": "hostupdate-armed-v1", "run_id": 5}', "damaged"),
+    "of another version": (OTHER, "'hostupdate-pending-v9' is not"),
+    "changed": (OTHER.replace("v9", "v1"), "is not that of the record"),
 }
 
 
-@pytest.mark.parametrize("what", ARMED)
+@pytest.mark.parametrize("what", PENDING)
 @pytest.mark.parametrize("verb", ["apply", "resume", "status"])
-def test_an_armed_record_that_cannot_be_understood(
+def test_a_pending_record_that_cannot_be_understood(
     lab: Lab, manifest: Path, tmp_path: Path, verb: str, what: str
 ) -> None:
     """It may stand for paused guests: nothing goes on before somebody has looked."""
-    text, words = ARMED[what]
+    text, words = PENDING[what]
     state = tmp_path / "state"
     state.mkdir(mode=0o700)
-    armed = state / "armed.json"
-    armed.write_text(text)
+    pending = state / "pending.json"
+    pending.write_text(text)
     arguments = ("apply", str(manifest)) if verb == "apply" else (verb,)
     ended = elsewhere(lab, state)(*arguments)
-    assert_one_error(ended, str(armed), words, "remedy: ")
-    assert armed.read_text() == text, "the record was changed"
+    assert_one_error(ended, str(pending), words, "remedy: ")
+    assert pending.read_text() == text, "the record was changed"
     assert not list(state.glob("runs/*"))
 
 
 def test_a_dry_run_is_refused_too_where_guests_may_be_paused(
     lab: Lab, manifest: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "armed.json").write_text("{")
+    (tmp_path / "pending.json").write_text("{")
     ended = elsewhere(lab, tmp_path)("apply", str(manifest), "--dry-run")
-    assert_one_error(ended, str(tmp_path / "armed.json"), "damaged")
+    assert_one_error(ended, str(tmp_path / "pending.json"), "damaged")
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
+    """A file system of 8 MiB."""
     need("root")
     mount = tmp_path / "tiny"
     mount.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "hu-test", str(mount)]
+    argv = ["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "hu-test", str(mount)]
     subprocess.run(argv, check=True, timeout=20)
     yield mount
     subprocess.run(["umount", str(mount)], check=True, timeout=20)
@@ -360,9 +362,52 @@ def fill(directory: Path) -> Path:
 def test_a_state_on_a_full_file_system(lab: Lab, manifest: Path, tiny: Path) -> None:
     ballast = fill(tiny)
     ended = elsewhere(lab, tiny)("apply", str(manifest))
-    assert_one_error(ended, str(tiny), "No space left on device", "remedy: ", "--state")
+    assert_one_error(ended, str(tiny), "remedy: ", "--state")
+    assert "disk is full" in ended.err or "No space left on device" in ended.err
+    assert not (tiny / "pending.json").exists()
     ballast.unlink()
     assert elsewhere(lab, tiny)("apply", str(manifest)).code == 0
+
+
+def test_a_file_system_too_small_for_a_run(lab: Lab, manifest: Path, tmp_path: Path) -> None:
+    """What a run may have to write is taken before anything is touched."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "hu-test", str(mount)]
+    subprocess.run(argv, check=True, timeout=20)
+    try:
+        ended = elsewhere(lab, mount)("apply", str(manifest))
+        assert_one_error(ended, str(mount), "disk is full", "remedy: ", "--state")
+        assert not (mount / "pending.json").exists()
+    finally:
+        subprocess.run(["umount", str(mount)], check=True, timeout=20)
+
+
+JOURNALS = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "foreign": lambda data: b"SQLite format 3\0" + bytes(4080),
+    "overwritten": lambda data: b"\xa5" * len(data),
+}
+
+
+@pytest.mark.parametrize("what", JOURNALS)
+def test_a_journal_that_is_not_one(lab: Lab, manifest: Path, tmp_path: Path, what: str) -> None:
+    state = tmp_path / "state"
+    program = elsewhere(lab, state)
+    assert program("apply", str(manifest)).code == 0
+    path = state / "journal.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    bad = JOURNALS[what](path.read_bytes())
+    path.write_bytes(bad)
+    for arguments in (("apply", str(manifest)), ("report",), ("status",)):
+        ended = program(*arguments)
+        assert ended.code == (0 if arguments == ("status",) else 1), ended.err
+        assert str(path) in ended.err and "remedy: " in ended.err
+        assert "Traceback" not in ended.err
+    assert path.read_bytes() == bad, "it was touched"
+    assert not (state / "pending.json").exists()
 
 
 def test_a_file_system_that_fills_up_in_the_run(lab: Lab, manifest: Path, tiny: Path) -> None:
@@ -379,15 +424,15 @@ def test_a_file_system_that_fills_up_in_the_run(lab: Lab, manifest: Path, tiny: 
     assert (ended.data["outcome"], ended.data["exit_code"]) == ("degraded", 30)
     assert any("No space left on device" in reason for reason in ended.data["reasons"])
     assert {guest["state_after"] for guest in ended.data["guests"]} == {"running"}
-    assert not (tiny / "armed.json").exists()
+    assert not (tiny / "pending.json").exists()
 
 
 def test_a_state_on_a_read_only_file_system(lab: Lab, manifest: Path, tiny: Path) -> None:
     remount = ["mount", "-o", "remount,ro", str(tiny)]
     subprocess.run(remount, check=True, timeout=20)
-    for arguments in (("apply", str(manifest)), ("resume",)):
-        ended = elsewhere(lab, tiny)(*arguments)
-        assert_one_error(ended, str(tiny), "Read-only file system", "remedy: ", "--state")
+    ended = elsewhere(lab, tiny)("apply", str(manifest))
+    assert_one_error(ended, str(tiny), "Read-only file system", "remedy: ", "--state")
+    assert elsewhere(lab, tiny)("resume").code == 0, "there is nothing to resume"
     ended = Program(tiny)("lab", "up")
     assert_one_error(ended, str(tiny), "Read-only file system", "remedy: ")
     assert os.listdir(tiny) == []
