@@ -88,11 +88,28 @@ class Step(Table, frozen=True, kw_only=True):
     verify: Argv | None = None
 
 
+class Qemu(Table, frozen=True, kw_only=True):
+    """Guests come under another QEMU: an update of impact handover."""
+
+    #: The program; empty: the one that each guest's definition names, as it is when the steps of
+    #: phase stage have run.
+    program: Annotated[
+        str,
+        Meta(
+            pattern=r"\A(/[^\x00-\x1f\x7f]*)?\Z",
+            description='an absolute path, or ""',
+            examples=["/usr/bin/qemu-system-x86_64"],
+        ),
+    ] = ""
+
+
 class Manifest(Table, frozen=True, kw_only=True):
-    """A decoded manifest. It holds steps or packages, or says that only a reboot will do."""
+    """A decoded manifest. It holds steps, packages or a QEMU, or says that only a reboot will
+    do."""
 
     update: Annotated[Update, Meta(description="a table [update] with at least a name")]
     packages: Packages | None = None
+    qemu: Qemu | None = None
     steps: Annotated[
         tuple[Step, ...], Meta(description="a list of tables, each written as [[step]]")
     ] = field(name="step", default=())
@@ -110,9 +127,10 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
     manifest = convert(decode_toml(data, source), Manifest, source)
     _check_packages(manifest.packages, source)
     _check_steps(manifest.steps, source)
-    if not (manifest.steps or manifest.packages or manifest.update.reboot_only):
+    named = manifest.steps or manifest.packages or manifest.qemu is not None
+    if not (named or manifest.update.reboot_only):
         raise InputError(
-            source, "", "the manifest is empty", remedy="add a [[step]] or [packages] to it"
+            source, "", "the manifest is empty", remedy="add a [[step]], [packages] or [qemu] to it"
         )
     return manifest
 

@@ -156,7 +156,7 @@ class Action(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that a run does. ``plan`` prints these and ``apply`` executes just these.
 
     ``kind`` selects the engine's handler, ``title`` is for people, ``step`` the manifest step's
-    name where the action runs one. ``undo`` says how a failed run takes it back; empty where
+    name where the action runs one, ``guest`` the uuid where it is about one. ``undo`` says how a failed run takes it back; empty where
     there is nothing to take back.
     """
 
@@ -164,6 +164,7 @@ class Action(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     title: str
     step: str = ""
+    guest: str = ""
     argv: tuple[str, ...] = ()
     undo: str = ""
     undo_argv: tuple[str, ...] = ()
@@ -238,6 +239,7 @@ class PendingRecord(msgspec.Struct, frozen=True, kw_only=True):
     memory_min: dict[str, str] = {}  #: cgroup path -> value to restore
     host_offset_ns: int | None = None  #: the host's CLOCK_REALTIME minus CLOCK_MONOTONIC
     guests: tuple[ArmedGuest, ...] = ()
+    rehearsing: str = ""  #: uuid of the guest whose device state is being taken
     held: Held | None = None  #: what keeps others from acting, to be let go
 
 

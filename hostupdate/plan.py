@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from hostupdate import handing
 from hostupdate.config import Clock, Config
 from hostupdate.durations import format_duration
+from hostupdate.eligibility import Eligibility
 from hostupdate.errors import RefusedError
 from hostupdate.manifest import Manifest, Step
 from hostupdate.model import (
@@ -68,12 +70,14 @@ def make_plan(
     watchdogs: Mapping[str, Watchdog] | None = None,
     rivals: Rivals | None = None,
     vitals: Mapping[str, Vitals] | None = None,
+    eligible: Mapping[str, Eligibility] | None = None,
 ) -> Plan:
     """Decides everything about a run.
 
     ``verify_ram`` is sample, full or off; ``method`` auto, freeze or stop; ``synchronised`` what
     is known of the host's clock, ``watchdogs`` of guests', by uuid; ``rivals`` who else may act on
-    guests and packages; ``vitals`` of running guests, by uuid. Raises RefusedError with every
+    guests and packages; ``vitals`` of running guests, by uuid;
+    ``eligible`` says of each whether it can be handed over. Raises RefusedError with every
     reason found, not only the first; nothing was touched then.
     """
     judged = _judge(manifest)
@@ -102,7 +106,17 @@ def make_plan(
     method_reason = "no guest needs to be paused"
     predicted_ns: int | None = None
     pauses = actual is not Impact.NONE and bool(paused)
-    if pauses:
+    handed = pauses and actual is Impact.HANDOVER
+    if handed:
+        method_reason = "guests come under another QEMU, one after the other"
+        predicted_ns = handing.predicted_ns(manifest, len(paused))
+        reasons += handing.handover_reasons(paused, eligible or {})
+        if predicted_ns > budget_ns:
+            reasons.append(
+                f"the blackout may last {format_duration(predicted_ns)}, the budget is "
+                f"{format_duration(budget_ns)}: raise the budget or lower the steps' time-outs"
+            )
+    elif pauses:
         timeouts_ns = [step.timeout_ns for step in manifest.steps_in(Phase.BLACKOUT)]
         chosen, method_reason = _choose_method(method, timeouts_ns, config, budget_ns)
         ceiling_ns = blackout_ceiling_ns(timeouts_ns, chosen)
@@ -132,13 +146,20 @@ def make_plan(
         predicted_blackout_ns=predicted_ns,
         guests=planned,
         actions=_guarded(
-            rivals, _actions(manifest, planned, chosen, budget_ns, config.clock, trusted)
+            rivals, _actions(manifest, planned, chosen, budget_ns, config.clock, trusted, handed)
         ),
         rivals=rivals,
         warnings=(
             *_warnings(planned, chosen, predicted_ns, watchdogs or {}),
             *([_UNSYNCHRONISED] if pauses and not trusted else []),
             *(f"guest {name}: {text}" for name, found in signs for text in warnings(found)),
+            *(handing.clock_warnings(config.clock) if handed else ()),
+            *(
+                f"guest {guest.name}: {warning.reason}"
+                for guest in paused
+                if handed and eligible and guest.uuid in eligible
+                for warning in eligible[guest.uuid].warnings
+            ),
             *(rivals.notes if rivals is not None else ()),
             *(
                 f"guest {located.guest.name} wants to approve updates: this version does not ask"
@@ -152,6 +173,8 @@ def make_plan(
 def _judge(manifest: Manifest) -> Impact:
     if manifest.update.reboot_only:
         return Impact.REBOOT
+    if manifest.qemu is not None:
+        return Impact.HANDOVER
     return Impact.PAUSE if manifest.steps_in(Phase.BLACKOUT) else Impact.NONE
 
 
@@ -168,8 +191,8 @@ def _blockers(manifest: Manifest, actual: Impact, max_impact: Impact | None) -> 
         )
     if actual is Impact.REBOOT:
         reasons.append("the update needs a reboot of the host: guests cannot be kept over that")
-    elif actual.rank > Impact.PAUSE.rank:
-        reasons.append(f"impact {actual}: this version can do none and pause only")
+    elif actual is Impact.KEXEC:
+        reasons.append(f"impact {actual}: this version can do none, pause and handover only")
     if max_impact is not None and actual.rank > max_impact.rank:
         reasons.append(f"impact {actual} is above the allowed {max_impact}")
     return reasons
@@ -192,6 +215,11 @@ def _plan_guest(
             reason=reason or located.problem,
         )  # fmt: skip
 
+    if actual is Impact.HANDOVER:
+        return PlannedGuest(
+            name=guest.name, uuid=guest.uuid, state=guest.state, pause=True,
+            digest_reason="switched off" if verify_ram == "off" else "",
+        )  # fmt: skip
     digest_reason = ""
     if verify_ram == "off":
         digest_reason = "switched off"
@@ -259,7 +287,7 @@ def _warnings(
         found.append("frozen longer than 20 s, a guest reports a soft lockup: prefer method stop")
     if any(guest.freeze_by is FreezeBy.SIGNAL for guest in guests):
         found.append("no cgroup v2 on this host: guests are stopped by SIGSTOP")
-    unprotected = [g.name for g in guests if g.pause and g.protection is Protection.NONE]
+    unprotected = [g.name for g in guests if g.freeze_by and g.protection is Protection.NONE]
     if unprotected:
         found.append(
             "nothing keeps the pages of " + ", ".join(unprotected) + " in RAM during the pause; "
@@ -275,9 +303,14 @@ def _actions(
     budget_ns: int,
     clock: Clock,
     trusted: bool,
+    handed: bool,
 ) -> tuple[Action, ...]:
-    actions = [_step(step) for step in manifest.steps_in(Phase.STAGE)]
     paused = [guest for guest in guests if guest.pause]
+    if handed:
+        title = _CLOCK_TITLES[clock.correct, trusted]
+        made = {step.name: _step(step) for step in manifest.steps}
+        return tuple(handing.handover_actions(manifest, paused, budget_ns, title, made))
+    actions = [_step(step) for step in manifest.steps_in(Phase.STAGE)]
     if method is None or not paused:
         actions += [_step(step) for step in manifest.steps_in(Phase.BLACKOUT)]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from hostupdate.durations import format_duration
 from hostupdate.engine.pause import Pause
@@ -100,8 +101,9 @@ class Outcomes:
                     raise GuestError(guest.name, f"after the update {change.text}")
                 self.degrade(f"guest {guest.name}: after the update {change.text}")
 
-    def conclude(self, committed: bool) -> None:
-        """Fills in the outcome, the exit code and the totals."""
+    def conclude(self, committed: bool, parked: Mapping[str, str]) -> None:
+        """Fills in the outcome, the exit code and the totals. ``parked``: guests, by uuid, that
+        could not be brought back."""
         report = self._report
         report.spread_ns = self._pause.spread_ns
         report.stop_all_ns = self._pause.stop_all_ns
@@ -117,6 +119,7 @@ class Outcomes:
                 f"the budget {format_duration(self._plan.budget_ns)}"
             )
         self._lost = {} if committed else self._lost_guests()
+        self._lost |= {g.name: parked[g.uuid] for g in self._paused_reports() if g.uuid in parked}
         for name, problem in self._lost.items():
             report.reasons.append(f"guest {name}: {problem}")
         self.judge(committed)

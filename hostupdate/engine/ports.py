@@ -17,6 +17,7 @@ from hostupdate.model import (
     Phase,
     Report,
 )
+from hostupdate.parked import ParkedRecord
 from hostupdate.rivals import Held, Rivals
 from hostupdate.skew import Corrected, Skew, Wish
 from hostupdate.unwinding import Kind
@@ -165,6 +166,32 @@ class GuardPort(Protocol):
     def restore(self, held: Held) -> None: ...
 
 
+class HandoverPort(Protocol):
+    """Guests under another QEMU. ``park`` and ``unpark`` as in handover.ports.Way; records come
+    back as they were written last."""
+
+    def keep(self, uuids: Sequence[str]) -> None:
+        """Keeps the QEMUs of these guests, whatever happens to the host's packages."""
+
+    def drop_kept(self) -> None:
+        """Removes what no guest runs under."""
+
+    def warm(self, uuids: Sequence[str]) -> None: ...
+    def rehearse(self, uuid: str, mark: Callable[[bool], None]) -> tuple[str, int | None, str]:
+        """Why the new QEMU does not take the guest, or empty; for how long it was stopped; the new
+        QEMU's version."""
+
+    def prepare(self, uuid: str) -> ParkedRecord: ...
+    def park(self, record: ParkedRecord) -> ParkedRecord: ...
+    def digest(self, record: ParkedRecord) -> str: ...
+    def unpark(self, record: ParkedRecord) -> ParkedRecord: ...
+    def rollback(self, record: ParkedRecord) -> ParkedRecord: ...
+    def commit(self, record: ParkedRecord) -> ParkedRecord: ...
+    def finish(self, record: ParkedRecord) -> None: ...
+    def abort(self, record: ParkedRecord) -> None: ...
+    def blackout_ns(self, record: ParkedRecord) -> int | None: ...
+
+
 class JournalPort(Protocol):
     """The journal of one run, which has begun there. ``pending`` is the record on disk."""
 
@@ -201,12 +228,13 @@ class Hands:
     started)`` tells whether that process still lives; ``versions`` names what is installed now;
     ``inventory`` looks at all guests anew; ``look`` at the vital signs of guests, given as (uuid,
     pid), ``vitals`` are those found before the run, by uuid; ``places`` maps a guest's uuid to its
-    place.
+    place. ``handover`` is None where the plan has none.
     """
 
     hypervisor: HypervisorPort
     clocks: ClocksPort
     links: LinksPort
+    handover: HandoverPort | None
     cgroups: CgroupsPort | None
     core: CorePort
     ram: RamPort
@@ -221,4 +249,4 @@ class Hands:
     inventory: Callable[[], Sequence[LocatedGuest]]
     look: Callable[[Sequence[tuple[str, int]]], Mapping[str, Vitals]]
     vitals: Mapping[str, Vitals]
-    places: Mapping[str, GuestPlace]
+    places: dict[str, GuestPlace]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from hostupdate import faults
 from hostupdate.config import Config
 from hostupdate.engine.clocks import GuestClocks
+from hostupdate.engine.handover import Handover
 from hostupdate.engine.outcome import Outcomes, new_report
 from hostupdate.engine.pause import Pause
 from hostupdate.engine.ports import Hands
@@ -18,7 +19,7 @@ from hostupdate.engine.shelter import Shelter
 from hostupdate.engine.stepping import Stepping
 from hostupdate.engine.telling import Telling
 from hostupdate.errors import HostUpdateError, JournalError
-from hostupdate.model import Action, Phase, PhaseReport, Plan, Report
+from hostupdate.model import Action, Impact, Phase, PhaseReport, Plan, Report
 from hostupdate.unwinding import Kind
 
 
@@ -38,10 +39,14 @@ class Run:
         self._shelter = Shelter(plan, config, hands, self._clocks)
         self._stepping = Stepping(plan, hands, self._pause, self._report)
         self._outcomes = Outcomes(plan, hands, self._pause, self._report)
+        self._handover = Handover(plan, hands, guests, self._outcomes.degrade)
         self._undo: list[tuple[int, Action, Callable[[], None]]] = []
         self._telling = Telling(hands.progress)
         self._committed = False
+        #: Guests are not running in the blackout, whatever stops them.
+        self._dark = plan.method is not None or plan.actual is Impact.HANDOVER
         self._mute = False  #: the journal has failed: said once
+        handover = self._handover
         pause, shelter, clocks, stepping = self._pause, self._shelter, self._clocks, self._stepping
         #: kind of action -> what it does, and what takes it back
         self._doing: dict[str, tuple[Callable[[Action], None], Callable[[Action], None] | None]] = {
@@ -68,6 +73,15 @@ class Run:
             "release": (self._release, None),
             "verify": (self._verify, None),
             "unguard": (self._unguard, None),
+            "keep-qemu": (handover.keep_qemu, None),
+            "warm": (handover.warm, None),
+            "rehearse": (handover.rehearse, None),
+            "prepare": (handover.prepare, lambda _: handover.abort()),
+            "watch": (handover.watch, handover.end_watch),
+            "park": (handover.park, None),
+            "unpark": (handover.unpark, None),
+            "commit": (self._commit_guest, None),
+            "clear": (handover.clear, None),
         }
 
     def execute(self) -> Report:
@@ -87,6 +101,8 @@ class Run:
         except BaseException as error:  # a bug of ours included: guests run before all else
             if self._committed:
                 self._outcomes.degrade(_words(error))
+                self._attempt("letting guests run", self._handover.let_run)
+                self._attempt("clearing up", self._handover.clear)
                 self._attempt("letting others act", self._shelter.let_go)
             else:
                 self._fail(error)
@@ -96,7 +112,7 @@ class Run:
         self._attempt("host clock", self._conclude_host)
         self._attempt("versions", self._versions_after)
         self._attempt("output of steps", self._outcomes.collect_steps)
-        self._outcomes.conclude(self._committed)
+        self._outcomes.conclude(self._committed, self._handover.problems())
         self._end()
         return self._report
 
@@ -105,7 +121,8 @@ class Run:
         journal = self._hands.journal
         problem = ""
         writes: list[Callable[[], None]] = [lambda: journal.save_report(self._report)]
-        if not (self._pause.unresumed() or journal.pending.held):
+        left = self._pause.unresumed() or self._handover.problems()
+        if not (left or journal.pending.held):
             writes.append(journal.end)
         for write in writes:
             try:
@@ -130,26 +147,27 @@ class Run:
         if phases and phases[-1].name is phase:
             return
         self._end_phase()
-        paused = phase is Phase.BLACKOUT and self._plan.method is not None
+        paused = phase is Phase.BLACKOUT and self._dark
         self._telling.release()
         self._telling.phase(phase, paused=paused)
         if paused:
             self._hands.journal.blackout(on=True)
         phases.append(PhaseReport(name=phase, start_ns=time.monotonic_ns()))
         if paused:
-            self._residency.count_faults()
+            if self._plan.method is not None:
+                self._residency.count_faults()
             self._telling.hold()
             gc.collect()
             gc.freeze()
             gc.disable()
-        if phase is Phase.FINISH and self._plan.method is None:
+        if phase is Phase.FINISH and not self._dark:
             self._commit()
 
     def _end_phase(self) -> None:
         if self._report.phases and self._report.phases[-1].end_ns is None:
             self._report.phases[-1].end_ns = time.monotonic_ns()
             gc.enable()
-            if self._report.phases[-1].name is Phase.BLACKOUT and self._plan.method is not None:
+            if self._report.phases[-1].name is Phase.BLACKOUT and self._dark:
                 self._attempt("journal", lambda: self._hands.journal.blackout(on=False))
 
     def _perform(self, number: int, action: Action) -> None:
@@ -224,6 +242,16 @@ class Run:
             else:
                 self._report.reasons.append(text)
 
+    def _commit_guest(self, action: Action) -> None:
+        self._handover.commit(action)
+        if self._handover.committed and not self._committed:
+            self._commit()
+        for located in self._hands.inventory():
+            if located.place is not None:
+                self._hands.places[located.guest.uuid] = located.place
+        self._telling.release()  # no guest is parked, or they all were and run
+        self._telling.hold()
+
     def _release(self, action: Action) -> None:
         # The guests run on the updated host: what fails here must not undo that.
         self._attempt("ending the keeper", lambda: self._pause.release(action))
@@ -246,16 +274,21 @@ class Run:
         self._outcomes.verify()
         if self._pause.keeper_problem:
             self._outcomes.degrade(self._pause.keeper_problem)
-        for finding in self._residency.conclude():
-            self._outcomes.degrade(finding)
-        self._commit()
+        if self._plan.method is not None:
+            for finding in self._residency.conclude():
+                self._outcomes.degrade(finding)
+        if self._handover.keeper_problem:
+            self._outcomes.degrade(self._handover.keeper_problem)
+        if not self._committed:
+            self._commit()
 
     # ---- failure
 
     def _fail(self, error: BaseException) -> None:
         self._report.reasons.append(_words(error))
         self._attempt("letting guests run", self._pause.let_run)
-        if self._pause.began:
+        self._attempt("letting guests run", self._handover.let_run)
+        if self._pause.began or self._handover.began:
             self._attempt("setting clocks", self._correct_clocks)
         self._end_phase()
         self._telling.release()

@@ -7,7 +7,8 @@ import time
 from hostupdate.engine.pause import Pause
 from hostupdate.engine.ports import Hands
 from hostupdate.errors import Interrupted, StepError
-from hostupdate.model import Action, Phase, Plan, Report, StepReport
+from hostupdate.handing import HANDOVER_NS
+from hostupdate.model import Action, Impact, Phase, Plan, Report, StepReport
 
 #: For steps of stage and finish that name no time-out of their own.
 BROWNOUT_STEP_NS = 600_000_000_000
@@ -43,6 +44,8 @@ class Stepping:
             deadline_ns = self._pause.steps_end_ns
             if action.timeout_ns is not None:
                 deadline_ns = min(deadline_ns, now_ns + action.timeout_ns)
+        elif action.phase is Phase.BLACKOUT and self._plan.actual is Impact.HANDOVER:
+            deadline_ns = now_ns + (action.timeout_ns or HANDOVER_NS)
         else:
             deadline_ns = now_ns + (action.timeout_ns or BROWNOUT_STEP_NS)
         result = self._hands.steps.run(action.step, deadline_ns, wake_fds)

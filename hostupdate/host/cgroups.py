@@ -6,12 +6,14 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from errno import EBUSY
 from pathlib import Path
 
 from hostupdate.errors import GuestError, PrerequisiteError
 
 #: Cgroups that we make, all below this one, each named by its guest's uuid.
 OURS = "hostupdate"
+_DYING_NS = 2_000_000_000
 
 
 def find_cgroup2(configured: str = "") -> Path | None:
@@ -145,10 +147,20 @@ class Cgroups:
             self._write(cgroup, "cgroup.freeze", "0")
 
     def remove(self, own: str) -> None:
-        """Removes a cgroup of ours, and our parent one when it was the last."""
-        with suppress(OSError):  # still populated by a zombie, or shared with another run's
-            self.directory(own).rmdir()
-        with suppress(OSError):
+        """Removes a cgroup of ours, and our parent one when it was the last.
+
+        A QEMU that was killed stays in it until it has given its memory back: that is waited for.
+        """
+        deadline_ns = time.monotonic_ns() + _DYING_NS
+        while True:
+            try:
+                self.directory(own).rmdir()
+            except OSError as error:
+                if error.errno == EBUSY and time.monotonic_ns() < deadline_ns:
+                    time.sleep(0.01)
+                    continue
+            break
+        with suppress(OSError):  # another run's are in it
             self.directory(f"/{OURS}").rmdir()
 
     def memory_min_changes(self, wanted: Iterable[tuple[str, int]]) -> dict[str, tuple[str, str]]:

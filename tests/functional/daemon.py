@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from hostupdate.lab import accelerator, fleet, image
 from tests.functional.cli import Lab, Program
 
 _START_S = 60
+_LISTEN_NS = 5_000_000_000
 _CALL_NS = 20_000_000_000
 _MEMORY = 192 << 20
 
@@ -102,6 +105,19 @@ class Daemon:
             assert ended.returncode == 0, f"libvirtd does not start:\n{said}"
         else:
             os.kill(pid, signal.SIGCONT)
+            if not self._answers():
+                self.end()
+                self.ensure()
+
+    def _answers(self) -> bool:
+        """It listens; one that is about to start or to end does not for a moment."""
+        deadline_ns = time.monotonic_ns() + _LISTEN_NS
+        while time.monotonic_ns() < deadline_ns:
+            with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
+                client.connect(str(self.base / "run/libvirt-sock"))
+                return True
+            time.sleep(0.05)
+        return False
 
     def end(self) -> None:
         """Kills it and waits until it is gone."""

@@ -22,7 +22,7 @@ ROWS = {
     },
     "judgement": {
         *("plan", "prediction", "impact", "rollout", "events", "timeline", "skew", "vitals"),
-        *("unwinding", "eligibility", "remedy"),
+        *("unwinding", "eligibility", "remedy", "handing"),
     },
     "faults": {"faults"},
     "core": {"core"},

@@ -1,0 +1,203 @@
+"""Puts the hands of a handover together: parking, builds, rehearsal, and who can be handed over."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from hostupdate.cli.settings import Settings
+from hostupdate.config import Config
+from hostupdate.core import ram
+from hostupdate.eligibility import Eligibility, HandoverFacts, judge
+from hostupdate.errors import GuestError, HostUpdateError, RefusedError
+from hostupdate.guests import Hypervisor, capabilities
+from hostupdate.guests.command import GuestCommand
+from hostupdate.guests.parking import Parking
+from hostupdate.guests.uri import embedded_root
+from hostupdate.handover import builds, inquiry, rehearsal
+from hostupdate.handover.hook import Hook
+from hostupdate.handover.ports import Host
+from hostupdate.handover.records import ParkedRecords
+from hostupdate.handover.saving import Saving
+from hostupdate.host import processes, ram_backing
+from hostupdate.host.memory import SAMPLE_PAGES
+from hostupdate.host.security import security_drivers
+from hostupdate.model import LocatedGuest
+from hostupdate.parked import ParkedRecord
+
+#: What starts or ends a QEMU: libvirt's own time-outs for both are 30 s.
+_LIFE_NS = 40_000_000_000
+
+
+def parking_host(settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str) -> Host:
+    """What parks and unparks guests, for a run or for its recovery."""
+    return Host(
+        domains=Parking(hypervisor, life_ns=_LIFE_NS),
+        records=ParkedRecords(settings.state),
+        hook=Hook(Path(config.paths.libvirt_hooks) / "qemu.d/hostupdate", settings.state / "hook"),
+        find_pid=find_pid,
+        save_directory=Path(config.paths.libvirt_saves),
+        run_id=run_id,
+        boot_id=processes.boot_id(),
+        uri=hypervisor.uri,
+    )
+
+
+def find_pid(uuid: str) -> int | None:
+    """The process of a guest's QEMU."""
+    found = processes.find_qemus([uuid]).get(uuid)
+    return found.pid if found else None
+
+
+class HandoverHand:
+    """Fits the engine's HandoverPort. ``program``: the QEMU that guests come under; empty: the one
+    that each guest's definition names."""
+
+    def __init__(
+        self, host: Host, config: Config, hypervisor: Hypervisor, program: str, verify_ram: str
+    ) -> None:
+        self._host = host
+        self._way = Saving(host)
+        self._hypervisor = hypervisor
+        self._timeout_ns = config.deadlines.libvirt_ns
+        self._program = program
+        self._builds = Path(config.paths.builds)
+        self._sample_pages = 0 if verify_ram == "full" else SAMPLE_PAGES
+        self._kept: dict[str, tuple[str, builds.Build]] = {}  #: emulator -> its mark, its build
+
+    def keep(self, uuids: Sequence[str]) -> None:
+        for emulator in sorted({self._way.facts(uuid).emulator for uuid in uuids}):
+            mark = _mark(emulator)
+            into = self._builds / f"{Path(emulator).name}-{mark}"
+            self._builds.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._kept[emulator] = mark, builds.keep(Path(emulator), into)
+            closed = builds.closed_to_others(into / "qemu")
+            if closed is not None:
+                raise RefusedError(
+                    [f"{closed} is closed to others: a guest's QEMU could not be run from {into}"],
+                    remedy=f"chmod o+x {closed}, or set [paths] builds",
+                )
+
+    def drop_kept(self) -> None:
+        running = {processes.program(pid) for pid in processes.all_qemus()}
+        for _, build in self._kept.values():
+            if not any(program.startswith(f"{build.directory}/") for program in running):
+                builds.remove(build)
+
+    def warm(self, uuids: Sequence[str]) -> None:
+        for uuid in uuids:
+            capabilities.warm(self._hypervisor, uuid, self._target(uuid), _LIFE_NS)
+
+    def rehearse(
+        self, uuid: str, mark: Callable[[bool], None]
+    ) -> tuple[str, int | None, str]:
+        pid = find_pid(uuid)
+        facts = self._way.facts(uuid)
+        if pid is None:
+            raise GuestError(facts.name, "its QEMU process was not found")
+        scratch = self._host.records.directory.parent / "rehearsal"
+        scratch.mkdir(mode=0o700, exist_ok=True)
+        command = GuestCommand(self._hypervisor, uuid, self._timeout_ns)
+        target = Path(self._target(uuid))
+        try:
+            found = rehearsal.rehearse(
+                command, processes.command_line(pid), target, scratch, mark=mark
+            )
+        except RefusedError as error:
+            raise GuestError(facts.name, str(error), remedy=error.remedy) from error
+        return found.reason, found.paused_ns, found.new_version
+
+    def prepare(self, uuid: str) -> ParkedRecord:
+        self._host.hook.install()
+        if not self._host.domains.hook_is_called(uuid):
+            raise GuestError(
+                self._way.facts(uuid).name,
+                "libvirt does not call our hook yet: it looks for hooks when it starts",
+                remedy="systemctl reload libvirtd (or virtqemud), which touches no guest; "
+                "then apply again",
+            )
+        return self._way.prepare(uuid)
+
+    def park(self, record: ParkedRecord) -> ParkedRecord:
+        return self._way.park(record)
+
+    def digest(self, record: ParkedRecord) -> str:
+        """Of its RAM files, which nobody can write: it has no QEMU, or one that is paused."""
+        parts = hashlib.blake2b(digest_size=16)
+        total = sum(each.size_bytes for each in record.ram)
+        for each in record.ram:
+            share = -(-self._sample_pages * each.size_bytes // total)
+            fd = os.open(each.link, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                found = ram.digest_file(fd, length_bytes=each.size_bytes, sample_pages=share)
+            finally:
+                os.close(fd)
+            parts.update(f"{each.block} {found.hex} {found.pages}\n".encode())
+        return parts.hexdigest()
+
+    def unpark(self, record: ParkedRecord) -> ParkedRecord:
+        return self._way.unpark(record, self._program or None)
+
+    def rollback(self, record: ParkedRecord) -> ParkedRecord:
+        """Under the very QEMU that it ran under: where its place has another now, the kept one."""
+        mark, build = self._kept[record.old_emulator]
+        if _mark(record.old_emulator) != mark:
+            record = msgspec.structs.replace(record, old_emulator=str(build.wrapper))
+        return self._way.rollback(record)
+
+    def commit(self, record: ParkedRecord) -> ParkedRecord:
+        return self._way.commit(record)
+
+    def finish(self, record: ParkedRecord) -> None:
+        self._way.finish(record)
+
+    def abort(self, record: ParkedRecord) -> None:
+        self._way.abort(record)
+
+    def blackout_ns(self, record: ParkedRecord) -> int | None:
+        return self._way.blackout_ns(record)
+
+    def _target(self, uuid: str) -> str:
+        return self._program or self._way.facts(uuid).emulator
+
+
+def eligibility(
+    hypervisor: Hypervisor, guests: Sequence[LocatedGuest], config: Config
+) -> Mapping[str, Eligibility]:
+    """Of each running guest, by uuid. A guest that cannot be asked is left out."""
+    found = {}
+    embedded = embedded_root(hypervisor.uri) is not None
+    drivers = security_drivers()
+    for located in guests:
+        uuid, place = located.guest.uuid, located.place
+        if place is None:
+            continue
+        command = GuestCommand(hypervisor, uuid, config.deadlines.libvirt_ns)
+        try:
+            facts = HandoverFacts(
+                domain_xml=hypervisor.xml(uuid),
+                backends=ram_backing.complete(
+                    inquiry.backends(command), Path(f"/proc/{place.pid}")
+                ),
+                embedded=embedded,
+                swap_bytes=ram_backing.swap_bytes(),
+                security_drivers=drivers,
+                command_line=tuple(processes.command_line(place.pid)),
+                qemu_blockers=inquiry.blockers(command),
+                block_jobs=inquiry.block_jobs(command),
+            )
+        except (HostUpdateError, OSError):
+            continue
+        found[uuid] = judge(facts)
+    return found
+
+
+def _mark(program: str) -> str:
+    """Names a binary as it is now."""
+    status = os.stat(program)
+    text = f"{status.st_dev} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

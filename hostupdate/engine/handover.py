@@ -1,0 +1,264 @@
+"""Guests of one run come under another QEMU, each with its RAM left in place.
+
+Happy path, for each guest: rehearse -> prepare -> park -> unpark -> commit -> clear.
+
+Unhappy paths:
+
+1. A rehearsal fails, or anything before the first park: nothing was at stake.
+2. A guest cannot be parked: it runs on under its old QEMU; :meth:`let_run` aborts.
+3. A new QEMU does not take a guest: it comes back under the QEMU that was kept. While no guest has
+   been let run under the new one the run fails and is undone; after that it goes on with those that
+   remain where they are, and is degraded.
+4. Neither QEMU takes it, or libvirt does not answer: it stays parked, with a record that
+   ``hostupdate resume`` finishes, and needs a human.
+5. This process dies: the keeper has the recovery command run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from hostupdate.engine.ports import Hands, HandoverPort, KeeperPort
+from hostupdate.errors import CoreError, GuestError, HostUpdateError
+from hostupdate.model import Action, GuestReport, Impact, Plan
+from hostupdate.parked import ParkedRecord, ParkedState
+
+
+class Handover:
+    """The guests that are handed over in one run, into ``reports``. ``degrade`` takes what is not
+    as promised."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        hands: Hands,
+        reports: dict[str, GuestReport],
+        degrade: Callable[[str], None],
+    ) -> None:
+        self._plan = plan
+        self._hands = hands
+        self._reports = reports
+        self._degrade = degrade
+        handed = plan.actual is Impact.HANDOVER
+        self._names = {guest.uuid: guest.name for guest in plan.paused} if handed else {}
+        self._checked = {g.uuid for g in plan.paused if handed and not g.digest_reason}
+        self._records: dict[str, ParkedRecord] = {}
+        self._digests: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
+        self._keeper: KeeperPort | None = None
+        self._armed = False
+        self.keeper_problem = ""
+        self.began = False  #: some guest may have been parked
+        self.committed = False  #: some guest was let run under its new QEMU
+        self._given_up = False  #: no other guest is touched
+
+    @property
+    def _port(self) -> HandoverPort:
+        assert self._hands.handover is not None
+        return self._hands.handover
+
+    # ---- brownout
+
+    def keep_qemu(self, _action: Action) -> None:
+        """Keeps the QEMUs that guests run under now."""
+        self._port.keep([*self._names])
+
+    def warm(self, _action: Action) -> None:
+        """libvirt learns what the new QEMU can; it would do so in the blackout else."""
+        self._port.warm([*self._names])
+
+    def rehearse(self, action: Action) -> None:
+        """GuestError: the new QEMU does not take it, in its own words."""
+        journal = self._hands.journal
+
+        def mark(on: bool) -> None:
+            uuid = action.guest if on else ""
+            journal.pend(msgspec.structs.replace(journal.pending, rehearsing=uuid))
+
+        name = self._names[action.guest]
+        problem, paused_ns, version = self._port.rehearse(action.guest, mark)
+        took = f", stopped for {paused_ns / 1e6:.1f} ms" if paused_ns is not None else ""
+        if problem:
+            raise GuestError(name, f"QEMU {version} does not take it: {problem}")
+        self._reports[action.guest].notes.append(f"rehearsed under QEMU {version}{took}")
+
+    def prepare(self, _action: Action) -> None:
+        """RAM files get their second name, and recovery gets its records."""
+        for uuid in self._names:
+            self._records[uuid] = self._port.prepare(uuid)
+
+    def watch(self, _action: Action) -> None:
+        """Starts the keeper: it has nothing to thaw, but a recovery to run."""
+        self._keeper = self._hands.core.start_keeper(self._hands.core.open_guests([]), [])
+
+    # ---- blackout
+
+    def park(self, action: Action) -> None:
+        """GuestError: the guest runs, under its old QEMU."""
+        if self._given_up:
+            return
+        uuid = action.guest
+        self.began = True
+        self._arm()
+        before = self._records[uuid]
+        self._reports[uuid].paused_monotonic_ns = time.monotonic_ns()
+        with self._or_give_up(uuid):
+            self._records[uuid] = self._port.park(before)
+            if uuid in self._checked:
+                self._digests[uuid] = self._port.digest(self._records[uuid])
+
+    def unpark(self, action: Action) -> None:
+        """GuestError: it is under its old QEMU again, or in :meth:`problems`."""
+        uuid = action.guest
+        if self._records[uuid].state is not ParkedState.SAVED:
+            return
+        with self._or_give_up(uuid):
+            self._records[uuid] = self._port.unpark(self._records[uuid])
+            self._compare(uuid)
+
+    def commit(self, action: Action) -> None:
+        """Lets it run under its new QEMU: from here on there is no way back for it."""
+        uuid = action.guest
+        if self._records[uuid].state is not ParkedState.STRIPPED:
+            return
+        with self._or_give_up(uuid):
+            self._let_go(uuid)
+            self.committed = True
+        self.disarm()
+
+    def _compare(self, uuid: str) -> None:
+        if uuid not in self._digests:
+            return
+        again = self._port.digest(self._records[uuid])
+        residency = self._reports[uuid].residency
+        residency.digest = self._digests[uuid]
+        residency.digest_equal = again == self._digests[uuid]
+        if not residency.digest_equal:
+            raise GuestError(self._names[uuid], "its RAM changed while it was parked")
+
+    def _let_go(self, uuid: str) -> None:
+        self._records[uuid] = self._port.commit(self._records[uuid])
+        report = self._reports[uuid]
+        measured_ns = self._port.blackout_ns(self._records[uuid])
+        stopped_ns = self._records[uuid].stopped_monotonic_ns
+        if measured_ns is not None and stopped_ns is not None:
+            report.paused_monotonic_ns = stopped_ns
+            report.resumed_monotonic_ns = stopped_ns + measured_ns
+        else:
+            report.resumed_monotonic_ns = time.monotonic_ns()
+            report.notes.append("libvirt told of no stop or no run: its blackout is an upper bound")
+
+    def _or_give_up(self, uuid: str) -> _GivingUp:
+        return _GivingUp(self, uuid)
+
+    def gave_up(self, uuid: str, error: HostUpdateError) -> bool:
+        """Brings the guest back. Whether the run goes on: some other guest has moved on."""
+        self._back(uuid)
+        if not self.committed:
+            return False
+        self._given_up = True
+        self._degrade(
+            f"{error}; it and those after it stay under their old QEMU; guests that have been let "
+            "run under the new one have moved on"
+        )
+        self.disarm()
+        return True
+
+    # ---- the end, good or bad
+
+    def clear(self, _action: Action | None = None) -> None:
+        """Removes what the handover needed. Never raises for a guest's sake."""
+        for uuid, record in list(self._records.items()):
+            try:
+                if record.state is ParkedState.RUNNING:
+                    self._port.finish(record)
+                elif record.state is ParkedState.LINKED:
+                    self._port.abort(record)
+                else:
+                    continue
+                del self._records[uuid]
+            except HostUpdateError as error:
+                self._degrade(f"guest {self._names[uuid]}: not cleared up: {error}")
+        if self._names and not self._problems:
+            self._port.drop_kept()
+        self.end_watch()
+
+    def let_run(self) -> None:
+        """From any state: every guest runs, or is in :meth:`problems`."""
+        for uuid in [*self._records]:
+            self._back(uuid)
+        self.disarm()
+
+    def _back(self, uuid: str) -> None:
+        record = self._records[uuid]
+        name = self._names[uuid]
+        try:
+            if record.state is ParkedState.LINKED:
+                self._port.abort(record)
+                del self._records[uuid]
+            elif record.state in (ParkedState.SAVED, ParkedState.STRIPPED):
+                self._records[uuid] = self._port.rollback(record)
+                self._let_go(uuid)
+                self._reports[uuid].notes.append("it is under its old QEMU again")
+        except HostUpdateError as error:
+            self._problems[uuid] = f"it stays parked: {error}"
+            self._degrade(f"guest {name}: {self._problems[uuid]}; run `hostupdate resume`")
+
+    def abort(self) -> None:
+        """The undo of :meth:`prepare`."""
+        self.clear()
+
+    def problems(self) -> dict[str, str]:
+        """uuid -> why the guest does not run."""
+        return dict(self._problems)
+
+    def _arm(self) -> None:
+        if self._keeper is not None and not self._armed:
+            self._keeper.arm(time.monotonic_ns() + self._plan.budget_ns)
+            self._armed = True
+
+    def disarm(self) -> None:
+        """No guest is parked, or none that could be helped by the keeper."""
+        if self._keeper is None or not self._armed:
+            return
+        if any(r.state in (ParkedState.SAVED, ParkedState.STRIPPED) for r in self._open()):
+            return
+        self._armed = False
+        try:
+            if self._keeper.disarm():
+                self.keeper_problem = "the budget was over before a guest ran again"
+        except CoreError as error:
+            self.keeper_problem = f"the keeper did not answer at the end of a blackout: {error}"
+
+    def _open(self) -> list[ParkedRecord]:
+        return [record for uuid, record in self._records.items() if uuid not in self._problems]
+
+    def end_watch(self, _action: Action | None = None) -> None:
+        """Ends the keeper. Safe to repeat."""
+        self.disarm()
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            try:
+                keeper.stop()
+            except CoreError as error:
+                self.keeper_problem = self.keeper_problem or f"the keeper is gone: {error}"
+            self._hands.core.close()
+
+
+class _GivingUp:
+    """What fails in the block brings its guest back; the run goes on where others moved on."""
+
+    def __init__(self, handover: Handover, uuid: str) -> None:
+        self._handover = handover
+        self._uuid = uuid
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if not isinstance(error, HostUpdateError):
+            return False
+        return self._handover.gave_up(self._uuid, error)
