@@ -42,6 +42,7 @@ class Parking:
         self._life_ns = life_ns
         self._watched: Any = None
         self._changed = threading.Condition()
+        self._probing = threading.Lock()
         self._stamps: dict[tuple[str, str], Stamp] = {}
 
     def facts(self, uuid: str) -> DomainFacts | None:
@@ -143,7 +144,8 @@ class Parking:
             domain.destroy()
             return False
 
-        return self._call("try libvirt's hook", ask, self._life_ns)
+        with self._probing:  # its name is the same for all
+            return self._call("try libvirt's hook", ask, self._life_ns)
 
     def watch(self) -> None:
         """From now on, until the daemon ends, stops and resumes are noted."""

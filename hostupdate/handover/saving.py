@@ -34,6 +34,7 @@ from hostupdate.parked import DomainFacts, ParkedRecord, ParkedState
 _ROOM_BYTES = 64 << 20
 _SETTLE_NS = 30_000_000_000
 _POLL_S = 0.02
+_RELOAD = "systemctl reload libvirtd (or virtqemud): it looks for hooks then; guests run on"
 
 
 class Saving:
@@ -50,6 +51,9 @@ class Saving:
         PrerequisiteError: the record cannot be written."""
         facts = self.facts(uuid)
         record = self._record(uuid, facts)
+        self._host.hook.install()
+        if not self._host.domains.hook_is_called(uuid):
+            raise GuestError(facts.name, "libvirt's daemon does not call our hook", remedy=_RELOAD)
         self._host.records.write(record)
         try:
             ram_store.link(record)
@@ -289,7 +293,7 @@ class Saving:
         remedy = ""
         with suppress(HypervisorError, DeadlineError):
             if not self._host.domains.hook_is_called(record.uuid):
-                remedy = "systemctl reload libvirtd: it does not call our hook yet; then resume"
+                remedy = _RELOAD
         return GuestError(record.name, f"{problem}; it stays parked", remedy=remedy)
 
     def _checked(self, record: ParkedRecord, path: Path) -> bytes:

@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from libvirt_qemu import qemuMonitorEventRegister
 
-from hostupdate.errors import GuestError, HostUpdateError
+from hostupdate.errors import GuestError, HypervisorError
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.parking import Parking
 from hostupdate.guests.scratch import ScratchGuests
@@ -466,17 +468,64 @@ def test_our_death(guest: Parked, point: str) -> None:
     guest.assert_as_if_nothing_had_been()
 
 
-@pytest.mark.parametrize("delay_ms", [0, 20, 60, 150, 300])
+@pytest.mark.parametrize("delay_ms", [0, 10, 20, 40, 60])
 def test_the_daemon_dies_while_it_saves(guest: Parked, delay_ms: int) -> None:
+    """So long after it has stopped the guest."""
     record = guest.way.prepare(guest.uuid)
-    killer = subprocess.Popen(["sh", "-c", f"sleep {delay_ms / 1000}; exec {guest.daemon.kill}"])
-    with suppress(HostUpdateError):
-        guest.way.park(record)
-    killer.wait(timeout=20)
+    killers: list[threading.Timer] = []
+
+    def stopped(*_: object) -> None:
+        pid = guest.daemon.pid
+        assert pid is not None
+        killers.append(threading.Timer(delay_ms / 1000, os.kill, (pid, signal.SIGKILL)))
+        killers[-1].start()
+
+    with closing(Hypervisor(guest.daemon.uri, timeout_ns=CALL_NS)) as watcher:
+        watcher.call(
+            "watch", lambda conn: qemuMonitorEventRegister(conn, None, "STOP", stopped, None)
+        )
+        with pytest.raises(HypervisorError):
+            guest.way.park(record)
+    killers[0].join()
     wait(lambda: guest.daemon.pid is None)
+    assert guest.record.state is ParkedState.LINKED
     guest.daemon.ensure()
-    outcome = recover(guest.host, guest.record)
-    assert outcome in (Recovered.UNTOUCHED, Recovered.UNPARKED)
+    recover(guest.host, guest.record)
+    guest.assert_as_if_nothing_had_been()
+
+
+@pytest.mark.parametrize("operation", ["stopped", "release"])
+def test_the_daemon_dies_while_it_ends_the_old_qemu(guest: Parked, operation: str) -> None:
+    """The image is complete then."""
+    record = guest.way.prepare(guest.uuid)
+    fatal = guest.host.hook.path.with_name("fatal")
+    fatal.write_text(f'#!/bin/sh\n[ "$2" != {operation} ] || exec kill -KILL $PPID\n')
+    fatal.chmod(0o755)
+    with pytest.raises(HypervisorError):
+        guest.way.park(record)
+    fatal.unlink()
+    wait(lambda: guest.daemon.pid is None)
+    assert guest.record.state is ParkedState.LINKED
+    guest.daemon.ensure()
+    assert recover(guest.host, guest.record) is Recovered.UNPARKED
+
+
+def test_a_guest_without_a_definition(guest: Parked) -> None:
+    guest.owner().undefine(guest.name)
+    record = guest.park()
+    assert not record.persistent and not guest.guard.exists()
+    assert guest.domains.facts(guest.uuid) is None
+    guest.bring_back(record)
+    guest.owner().define(record_path(guest.lab.root, guest.name).read_text())
+
+
+def test_a_daemon_that_calls_no_hook_parks_nothing(guest: Parked) -> None:
+    guest.host.hook.uninstall()
+    guest.daemon.end()
+    guest.daemon.ensure()
+    with pytest.raises(GuestError, match="does not call our hook") as caught:
+        guest.way.prepare(guest.uuid)
+    assert "reload" in caught.value.remedy
     guest.assert_as_if_nothing_had_been()
 
 
