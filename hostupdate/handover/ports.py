@@ -25,6 +25,15 @@ class Domains(Protocol):
         """To where libvirt keeps such an image. A guest that could not be saved goes on."""
 
     def save(self, uuid: str, path: Path) -> None: ...
+    def description(self, uuid: str) -> tuple[str, str]:
+        """XML and cookie as a save image of the guest has them."""
+
+    def stream(self, uuid: str, fd: int) -> None:
+        """Stops the guest and has QEMU write its state to ``fd``, a pipe that somebody reads."""
+
+    def stream_state(self, uuid: str) -> str:
+        """What QEMU says of that: ``completed`` when it is through."""
+
     def cancel(self, uuid: str) -> None:
         """Ends a save under way; the guest goes on. No error where there is none."""
 

@@ -80,10 +80,7 @@ class Saving:
         try:
             self._host.hook.guard(record)
             domains.set_ignore_shared(record.uuid, True)
-            if record.persistent:
-                domains.managed_save(record.uuid)
-            else:
-                domains.save(record.uuid, Path(record.guard))
+            self._save(record)
         except HostUpdateError as error:
             if isinstance(error, DeadlineError):
                 domains.cancel(record.uuid)
@@ -92,9 +89,16 @@ class Saving:
                 raise GuestError(record.name, f"it was not saved, and runs: {error}") from error
         return self.saved(record)
 
+    def _save(self, record: ParkedRecord) -> None:
+        """Leaves an image in ``record.guard``, and no QEMU."""
+        if record.persistent:
+            self._host.domains.managed_save(record.uuid)
+        else:
+            self._host.domains.save(record.uuid, Path(record.guard))
+
     def saved(self, record: ParkedRecord) -> ParkedRecord:
         """Notes a guest that has been saved. GuestError: its image is not right."""
-        data = self._checked(record, Path(record.guard))
+        data = self.checked(record, Path(record.guard))
         if record.guard != record.image:
             store(Path(record.image), data)
         stamp = self._host.domains.stopped(record.uuid) if record.was_running else None
@@ -296,7 +300,7 @@ class Saving:
                 remedy = _RELOAD
         return GuestError(record.name, f"{problem}; it stays parked", remedy=remedy)
 
-    def _checked(self, record: ParkedRecord, path: Path) -> bytes:
+    def checked(self, record: ParkedRecord, path: Path) -> bytes:
         """An image that is complete, this guest's, and without just the RAM that is parked."""
         try:
             found = image.read_image(path)
