@@ -199,11 +199,11 @@ class Saving:
         hypervisor does, the record is still there then. GuestError: it has been saved."""
         facts = self._host.domains.facts(record.uuid)
         if facts is not None and facts.active:
-            self._host.domains.set_ignore_shared(record.uuid, False)
-            self._forget_save(record)  # half an image
             paused = facts.state is GuestState.PAUSED and not facts.paused_by_owner
             if record.was_running and paused:
                 self._host.domains.resume(record.uuid)
+            self._host.domains.set_ignore_shared(record.uuid, False)
+            self._forget_save(record)  # half an image
         elif self._host.hook.guards(record):
             raise GuestError(record.name, "it has no QEMU any more: unpark it")
         self.forget(record)

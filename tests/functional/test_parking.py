@@ -5,14 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,143 +15,18 @@ from libvirt_qemu import qemuMonitorEventRegister
 
 from hostupdate.errors import GuestError, HypervisorError
 from hostupdate.guests import Hypervisor
-from hostupdate.guests.parking import Parking
-from hostupdate.guests.scratch import ScratchGuests
-from hostupdate.handover.ports import Host
 from hostupdate.handover.recovery import Recovered, discard, recover
-from hostupdate.handover.saving import Saving
 from hostupdate.lab import console
 from hostupdate.lab.root import record_path
 from hostupdate.model import GuestState
-from hostupdate.parked import ParkedRecord, ParkedState
-from tests.functional.cli import Lab
-from tests.functional.conftest import make_cache
-from tests.functional.daemon import Daemon, DaemonLab
+from hostupdate.parked import ParkedState
+from tests.functional.daemon import DaemonLab
 from tests.functional.handover import CALL_NS, host_of, pid_of
-from tests.requirements import need
+from tests.functional.parked_guest import Parked, wait
+from tests.functional.parked_guest import guest as guest
+from tests.functional.parked_guest import made as made
 
 FOREIGN_HOOK = '#!/bin/sh\necho "$1 $2 $3" >>{log}\n'
-
-
-@dataclass
-class Parked:
-    """One guest, and the hands that park it."""
-
-    base: Path
-    daemon: Daemon
-    lab: Lab
-    host: Host
-    uuid: str
-
-    @property
-    def name(self) -> str:
-        return self.lab.names[0]
-
-    @property
-    def domains(self) -> Parking:
-        assert isinstance(self.host.domains, Parking)
-        return self.host.domains
-
-    @property
-    def way(self) -> Saving:
-        return Saving(self.host)
-
-    @property
-    def guard(self) -> Path:
-        return self.host.save_directory / f"{self.name}.save"
-
-    @property
-    def record(self) -> ParkedRecord:
-        record = self.host.records.read(self.uuid)
-        assert record is not None
-        return record
-
-    def park(self) -> ParkedRecord:
-        return self.way.park(self.way.prepare(self.uuid))
-
-    def bring_back(self, record: ParkedRecord) -> int | None:
-        """Unparks and lets run; the blackout."""
-        record = self.way.commit(self.way.unpark(record, None))
-        blackout_ns = self.way.blackout_ns(record)
-        self.way.finish(record)
-        return blackout_ns
-
-    def owner(self) -> ScratchGuests:
-        return ScratchGuests(Hypervisor(self.daemon.uri, timeout_ns=CALL_NS))
-
-    def state(self) -> GuestState:
-        facts = self.domains.facts(self.uuid)
-        assert facts is not None
-        return facts.state
-
-    def virsh(self, *words: str) -> subprocess.CompletedProcess[str]:
-        argv = ["virsh", "-c", self.daemon.uri, *words]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-
-    def files(self) -> list[str]:
-        """All that a handover leaves while it is under way."""
-        places = (
-            self.base / "ram/hostupdate-parked",
-            self.base / "state/parked",
-            self.base / "state/hook",
-            self.host.save_directory,
-        )
-        return sorted(str(path) for place in places for path in place.rglob("*") if path.is_file())
-
-    def assert_as_if_nothing_had_been(self) -> None:
-        assert self.files() == []
-        assert self.state() is GuestState.RUNNING
-        assert not self.domains.ignores_shared(self.uuid)
-        self.lab.assert_healthy()
-
-
-@pytest.fixture(scope="module")
-def made() -> Iterator[DaemonLab]:
-    need("root", "qemu", "libvirt", "lab")
-    base = Path(tempfile.mkdtemp(prefix="hu-p-", dir="/var/tmp"))
-    (base / "state").mkdir(mode=0o700)
-    ram = base / "ram"
-    ram.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512M,mode=755", "hu", ram], check=True)
-    hooks = base / "etc/hooks/qemu.d"
-    try:
-        lab = DaemonLab(base, make_cache(base / "state"), guests=2, ram=ram)
-        hooks.mkdir(parents=True)
-        yield lab
-        lab.remove()
-    finally:
-        subprocess.run(["umount", "--lazy", ram], check=True)
-        shutil.rmtree(base)
-
-
-@pytest.fixture
-def guest(made: DaemonLab) -> Iterator[Parked]:
-    """A guest that runs before and after each test, its handover's traces gone."""
-    made.daemon.ensure()
-    host = host_of(made.daemon.base, made.daemon.uri)
-    names = made.lab.names
-    hypervisor = Hypervisor(made.daemon.uri, timeout_ns=CALL_NS)
-    uuids = {each.name: each.uuid for each in hypervisor.guests()}
-    guest = Parked(made.daemon.base, made.daemon, made.lab, host, uuids[names[0]])
-    host.hook.install()
-    if not guest.domains.hook_is_called(guest.uuid):
-        pid = made.daemon.pid
-        assert pid is not None
-        os.kill(pid, signal.SIGHUP)
-        wait(lambda: guest.domains.hook_is_called(guest.uuid))
-    yield guest
-    made.daemon.ensure()
-    if host.records.read(guest.uuid) is not None:  # for the next test's sake
-        recover(host, guest.record)
-    guest.assert_as_if_nothing_had_been()
-
-
-def wait(condition: object, seconds: float = 20) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_daemon_that_had_no_hook_calls_it_once_it_has_reloaded(made: DaemonLab) -> None:
@@ -453,12 +323,7 @@ def test_a_save_that_fails(guest: Parked) -> None:
 def test_our_death(guest: Parked, point: str) -> None:
     """Whenever it comes, the guest runs or is parked, nobody else can start it, and recovery
     brings it back; twice, it does no harm."""
-    argv = [sys.executable, "-m", "tests.functional.handover"]
-    ended = subprocess.run(
-        [*argv, str(guest.base), guest.daemon.uri, guest.uuid, point],
-        capture_output=True, text=True, timeout=90, check=False,
-    )  # fmt: skip
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    guest.die_at(point)
     state = guest.way.settle(guest.record).state
     if state is GuestState.SHUTOFF:
         assert guest.virsh("start", guest.name).returncode != 0
