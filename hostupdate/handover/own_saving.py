@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 from hostupdate.errors import DeadlineError, GuestError
 from hostupdate.handover import image, ram_store
@@ -35,7 +36,7 @@ _PIDFD_GETFD = 438  # the same on every architecture (pidfd_getfd(2))
 class OwnSaving(Saving):
     """As :class:`Saving`, but for how a guest is taken down."""
 
-    name = "own-save"
+    name: ClassVar[str] = "own-save"
 
     def _save(self, record: ParkedRecord) -> None:
         """GuestError: nothing has been ended; whether the guest runs, libvirt tells."""

@@ -14,6 +14,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 from uuid import UUID
 
 import msgspec
@@ -41,7 +42,7 @@ class Saving:
     """Fits :class:`hostupdate.handover.ports.Way`. Errors are GuestError where a guest cannot be
     handled, and those of the hypervisor; the guest's record tells its state then."""
 
-    name = "save"
+    name: ClassVar[str] = "save"
 
     def __init__(self, host: Host) -> None:
         self._host = host

@@ -16,10 +16,9 @@ from typing import Any
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.parking import Parking
 from hostupdate.handover.hook import Hook
-from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import ParkedRecords
-from hostupdate.handover.saving import Saving
+from hostupdate.handover.ways import WAYS
 from hostupdate.host import processes
 
 CALL_NS = 20_000_000_000
@@ -68,7 +67,7 @@ def die_at(host: Host, point: str) -> None:
 def main(base: str, uri: str, uuid: str, kind: str, point: str) -> None:
     host = host_of(Path(base), uri)
     die_at(host, point)
-    way = next(way for way in (Saving, OwnSaving) if way.name == kind)(host)
+    way = WAYS[kind](host)
     way.finish(way.commit(way.switch(way.prepare(uuid), None)))
     raise AssertionError(f"the point was not reached: {point}")
 

@@ -7,8 +7,11 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from libvirt_qemu import qemuMonitorEventRegister
@@ -401,11 +404,82 @@ def test_the_daemon_dies_under_a_guest_that_is_paused_under_its_new_qemu(guest: 
     assert recover(guest.host, record) is Recovered.UNPARKED
 
 
+@pytest.mark.parametrize("name", ["a-fatal", "z-fatal"])
+def test_our_death_while_libvirt_starts_the_new_qemu(guest: Parked, name: str) -> None:
+    """Before our hook was asked the guest stays parked, after it libvirt goes on by itself."""
+    fatal = guest.host.hook.path.with_name(name)
+    knows = guest.host.hook.state / guest.uuid
+    fatal.write_text(
+        "#!/bin/sh\n[ $2 = start ] || exit 0\n"
+        f"pid=$(sed -n 's/^unpark \\([0-9]*\\).*/\\1/p' {knows})\n"
+        "kill -KILL $pid\n"
+        "while [ -e /proc/$pid ] && ! grep -q ') Z' /proc/$pid/stat; do sleep 0.01; done\n"
+        "exit 0\n"
+    )
+    fatal.chmod(0o755)
+    guest.die_at("after domains resume 2")
+    fatal.unlink()
+    state = guest.way.settle(guest.record).state
+    assert state is (GuestState.SHUTOFF if name == "a-fatal" else GuestState.PAUSED)
+    assert recover(guest.host, guest.record) is Recovered.UNPARKED
+
+
+def test_all_guests_at_once(guest: Parked) -> None:
+    """Both are parked while their daemon is replaced."""
+    uuids = {name: uuid_of(guest, name) for name in guest.lab.names}
+
+    def each(act: Callable[[Any], Any], *given: Any) -> list[Any]:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(act, *given))
+
+    records = each(guest.way.park, each(guest.way.prepare, uuids.values()))
+    assert len(guest.host.records.uuids()) == len(uuids)
+    guest.daemon.end()
+    guest.daemon.ensure()
+    records = each(lambda record: guest.way.unpark(record, None), records)
+    each(guest.way.finish, each(guest.way.commit, records))
+
+
+def uuid_of(guest: Parked, name: str) -> str:
+    return guest.virsh("domuuid", name).stdout.strip()
+
+
+def boot(guest: Parked) -> None:
+    """Starts the guest anew."""
+    guest.lab.console(guest.name).unlink()
+    assert guest.virsh("start", guest.name).returncode == 0
+    console.wait_ready(guest.lab.console(guest.name), time.monotonic_ns() + 60_000_000_000)
+
+
 def test_what_was_parked_can_be_given_up(guest: Parked) -> None:
     """Its owner's last resort."""
     record = guest.park()
     discard(guest.host, record)
     assert guest.files() == []
-    guest.lab.console(guest.name).unlink()
-    assert guest.virsh("start", guest.name).returncode == 0
-    console.wait_ready(guest.lab.console(guest.name), time.monotonic_ns() + 60_000_000_000)
+    boot(guest)
+
+
+def test_a_guest_that_was_booted_behind_our_back_is_left_alone(guest: Parked) -> None:
+    record = guest.park()
+    guest.host.hook.release(record)
+    assert guest.virsh("managedsave-remove", guest.name).returncode == 0
+    boot(guest)
+    pid = pid_of(guest.uuid)
+    for paused in (False, True):
+        if paused:
+            guest.owner().suspend(guest.name)
+        with pytest.raises(GuestError, match="somebody has booted it"):
+            recover(guest.host, guest.record)
+    guest.owner().resume(guest.name)
+    assert pid_of(guest.uuid) == pid
+    discard(guest.host, record)
+
+
+def test_a_guest_that_ended_after_it_was_let_run(guest: Parked) -> None:
+    """Its image is history: it is not loaded again."""
+    guest.way.commit(guest.way.switch(guest.way.prepare(guest.uuid), None))
+    guest.owner().destroy(guest.name)
+    with pytest.raises(GuestError, match="ended since"):
+        recover(guest.host, guest.record)
+    discard(guest.host, guest.record)
+    boot(guest)

@@ -116,6 +116,21 @@ def test_nor_do_we_once_we_are_dead(world: World) -> None:
     assert "hostupdate resume" in world.refusal()
 
 
+def test_nor_while_nobody_has_taken_note_of_our_death(world: World) -> None:
+    world.hook.guard(world.record)
+    world.hook.allow(world.record)
+    with subprocess.Popen(["true"]) as dead:
+        stat = Path(f"/proc/{dead.pid}/stat")
+        while ") Z " not in stat.read_text():
+            pass
+        started = stat.read_text().rpartition(")")[2].split()[19]
+        path = world.hook.state / UUID
+        lines = path.read_text().splitlines()
+        lines[1] = f"unpark {dead.pid} {started}"
+        path.write_text("\n".join(lines) + "\n")
+        assert "hostupdate resume" in world.refusal()
+
+
 def test_another_guest_of_its_name(world: World) -> None:
     world.hook.guard(world.record)
     world.hook.allow(world.record)
