@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -39,17 +40,24 @@ _CHECKS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "c": (lambda: shutil.which("make") and shutil.which("gcc"), "make and gcc are needed"),
     "nobody": (_nobody, "another user cannot reach this interpreter and the package"),
+    "qemus": (
+        lambda: shutil.which("apt-get") and shutil.which("dpkg-deb"),
+        "apt-get and dpkg-deb are needed to fetch another QEMU",
+    ),
     "valgrind": (lambda: shutil.which("valgrind"), "valgrind is not installed"),
 }
 
 
 def need(*names: str) -> None:
     """Skips the test, or fails it where the thing is required, unless all are there."""
-    required = os.environ.get("HOSTUPDATE_TEST_REQUIRE", "").split(",")
     for name in names:
         check, why = _CHECKS[name]
-        if check():
-            continue
-        if name in required:
-            pytest.fail(f"{name} is required here: {why}")
-        pytest.skip(why)
+        if not check():
+            lack(name, why)
+
+
+def lack(name: str, why: str) -> NoReturn:
+    """Skips the test for want of ``name``, or fails it where that is required."""
+    if name in os.environ.get("HOSTUPDATE_TEST_REQUIRE", "").split(","):
+        pytest.fail(f"{name} is required here: {why}")
+    pytest.skip(why)

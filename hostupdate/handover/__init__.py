@@ -1,1 +1,1 @@
-"""A new QEMU under a running guest, its RAM left in place. libvirt is given in."""
+"""A guest under another QEMU, its RAM left in place. libvirt is given in."""

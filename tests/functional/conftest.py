@@ -14,6 +14,9 @@ import pytest
 from hostupdate.host.cgroups import find_cgroup2
 from tests.functional.cli import Lab, Program, end_steps, keepers, pids_naming
 from tests.functional.owner import act
+from tests.functional.qemus import foreign_qemu as foreign_qemu
+from tests.functional.qemus import newer_qemu as newer_qemu
+from tests.functional.qemus import qemu_cache as qemu_cache
 from tests.requirements import need
 
 GUESTS = 2

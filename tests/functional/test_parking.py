@@ -18,7 +18,10 @@ from libvirt_qemu import qemuMonitorEventRegister
 
 from hostupdate.errors import GuestError, HypervisorError
 from hostupdate.guests import Hypervisor
+from hostupdate.handover import builds
+from hostupdate.handover.builds import Build
 from hostupdate.handover.recovery import Recovered, discard, recover
+from hostupdate.handover.ways import WAYS
 from hostupdate.lab import console
 from hostupdate.lab.root import record_path
 from hostupdate.model import GuestState
@@ -106,6 +109,32 @@ def test_another_emulator(guest: Parked, tmp_path: Path) -> None:
     with pytest.raises(GuestError, match="no way back"):
         guest.way.rollback(record)
     guest.way.finish(record)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_newer_qemu(
+    guest: Parked, newer_qemu: Build, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    """And the old one again, in a handover of its own: the guest has moved on."""
+    hands = WAYS[way](guest.host)
+    log = guest.lab.console(guest.name)
+    before = console.last_tick(log)
+    assert before is not None
+    blackouts = []
+    for emulator in (str(newer_qemu.wrapper), "/usr/bin/qemu-system-x86_64"):
+        record = hands.commit(hands.switch(hands.prepare(guest.uuid), emulator))
+        blackouts.append(hands.blackout_ns(record))
+        hands.finish(record)
+        guest.assert_as_if_nothing_had_been()
+        pid = pid_of(guest.uuid)
+        assert pid is not None
+        versions = builds.version(Path(f"/proc/{pid}/exe")), builds.version(Path(emulator))
+        assert versions[0] == versions[1]
+    numbers = [tick.seq for tick in console.ticks(log, after_seq=before.seq)]
+    assert numbers == list(range(before.seq + 1, before.seq + 1 + len(numbers)))
+    with capsys.disabled():
+        milliseconds = [round((blackout or 0) / 1e6) for blackout in blackouts]
+        print(f"\n[{way}, to a newer QEMU and back: blackouts {milliseconds} ms]")
 
 
 def test_an_emulator_that_does_not_take_it(guest: Parked) -> None:

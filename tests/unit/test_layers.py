@@ -18,7 +18,10 @@ PACKAGE = Path(__file__).parents[2] / "hostupdate"
 #: Row -> its modules and packages, by their name directly below ``hostupdate``.
 ROWS = {
     "words": {"errors", "durations", "manifest", "config", "guestpolicy", "model", "parked"},
-    "judgement": {"plan", "prediction", "impact", "rollout", "events", "timeline", "skew"},
+    "judgement": {
+        *("plan", "prediction", "impact", "rollout", "events", "timeline", "skew"),
+        *("eligibility", "remedy"),
+    },
     "core": {"core"},
     "hands": {"guests", "host", "journal", "qmp", "handover", "clocks", "keeper"},
     "engine": {"engine"},

@@ -1,0 +1,240 @@
+"""Would the new QEMU take this guest? Tried before anything is at stake.
+
+The guest is stopped for the moment that its device state takes (x-ignore-shared leaves its RAM
+out), and runs on. That state is then loaded by a throw-away new QEMU over a private copy of the
+RAM, page by page where it writes (handover.md section 1: 11 ms).
+
+x-ignore-shared is switched off again whatever happens: libvirt does not know of it, and the
+owner's next save would have no RAM in it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from hostupdate.errors import DeadlineError, HypervisorError, RefusedError
+from hostupdate.handover import builds, inquiry
+from hostupdate.handover.harmless import harmless
+from hostupdate.handover.inquiry import Command
+from hostupdate.handover.throwaway import Throwaway
+
+#: How long a guest may stay stopped for its state; more and it is let run without.
+PAUSE_NS = 2_000_000_000
+#: For the new QEMU, from its start to its end.
+LOAD_NS = 120_000_000_000
+_CANCEL_NS = 5_000_000_000
+_POLL_S = 0.001
+_FD_NAME = "hostupdate-rehearsal"
+_TRIES = 3
+#: More than any device state: RAM is being written.
+_STATE_BYTES = 256 << 20
+
+
+class Rehearsed(msgspec.Struct, frozen=True, kw_only=True):
+    """``reason`` holds the new QEMU's own words where it does not take the guest, else is empty.
+
+    ``paused_ns`` (CLOCK_MONOTONIC) is at most that long: from before the guest was told to stop
+    until after it was told to run. None: it was not paused.
+    """
+
+    ok: bool
+    reason: str
+    paused_ns: int | None
+    new_version: str
+
+
+def rehearse(
+    command: Command,
+    command_line: Sequence[str],
+    program: Path,
+    scratch: Path,
+    *,
+    mark: Callable[[bool], None],
+    pause_ns: int = PAUSE_NS,
+    load_ns: int = LOAD_NS,
+) -> Rehearsed:
+    """Rehearses a running guest, given its monitor and its QEMU's command line, under the QEMU
+    ``program`` (a build's wrapper, or a binary). ``scratch`` is a directory of ours.
+
+    ``mark(True)`` is called before the guest is stopped and ``mark(False)`` when it runs again
+    and all is as it was: where the process dies in between, ``recover`` brings the guest back.
+    A QEMU that cannot build this machine is found out before the guest is stopped.
+
+    Raises RefusedError where the guest does not run, or has what cannot be made harmless;
+    PrerequisiteError where ``program`` does not run; HypervisorError and DeadlineError where the
+    guest's QEMU does not do as it is told: its remedy says so where it may still be stopped.
+    """
+    version = builds.version(program)
+    backends = inquiry.backends(command)
+    if not backends or any(b.kind != "file" or not b.shared for b in backends):
+        raise RefusedError(
+            ["its RAM is not in shared files"], remedy="hostupdate guests shows what to change"
+        )
+    arguments = harmless(
+        command_line,
+        {backend.id: backend.path for backend in backends},
+        inquiry.disks(command),
+        read_only_ram=_opens_read_only(program),
+    )
+    paused_ns: int | None = None
+    try:
+        with Throwaway(program, arguments, scratch, load_ns) as throwaway:
+            state, paused_ns = _take(command, pause_ns, mark)
+            throwaway.load(state)
+    except _GuestProblem as problem:
+        raise problem.error from problem
+    except (HypervisorError, DeadlineError) as error:
+        return Rehearsed(ok=False, reason=str(error), paused_ns=paused_ns, new_version=version)
+    return Rehearsed(ok=True, reason="", paused_ns=paused_ns, new_version=version)
+
+
+def recover(command: Command) -> None:
+    """The guest of a rehearsal that died runs again, with x-ignore-shared off. Safe to repeat.
+
+    Raises HypervisorError or DeadlineError where its QEMU does not answer.
+    """
+    _settle(command)
+    with suppress(HypervisorError):
+        command("closefd", {"fdname": _FD_NAME})
+    _let_run(command)
+    _ignore_shared(command, False)
+
+
+class _GuestProblem(Exception):
+    """The guest's own QEMU did not do as it was told; that is not the new one's fault."""
+
+    def __init__(self, error: HypervisorError | DeadlineError | RefusedError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _take(command: Command, pause_ns: int, mark: Callable[[bool], None]) -> tuple[bytes, int]:
+    """The guest's device state, and how long it was stopped for it."""
+    try:
+        if not command("query-status", {})["running"]:
+            raise RefusedError(["it does not run"], remedy="resume it, or shut it down")
+        mark(True)
+        try:
+            _ignore_shared(command, True)
+            return _stop_and_save(command, pause_ns)
+        finally:
+            recover(command)
+            mark(False)
+    except (HypervisorError, DeadlineError, RefusedError) as error:
+        raise _GuestProblem(error) from error
+
+
+def _stop_and_save(command: Command, pause_ns: int) -> tuple[bytes, int]:
+    read, write = os.pipe()
+    try:
+        command("getfd", {"fdname": _FD_NAME}, fd=write)
+    except BaseException:
+        os.close(read)
+        raise
+    finally:
+        os.close(write)
+    reader = _Reader(read)
+    before_ns = time.monotonic_ns()
+    try:
+        command("stop", {})
+        command("migrate", {"uri": f"fd:{_FD_NAME}"})
+        _wait(command, before_ns + pause_ns, pause_ns)
+    except (HypervisorError, DeadlineError):
+        reader.stop()
+        raise
+    finally:
+        _settle(command)
+        _let_run(command)
+        after_ns = time.monotonic_ns()
+    return reader.result(), after_ns - before_ns
+
+
+def _wait(command: Command, deadline_ns: int, timeout_ns: int) -> None:
+    while (said := command("query-migrate", {})).get("status") != "completed":
+        if said.get("status") in ("failed", "cancelled"):
+            raise HypervisorError(f"its state was not saved: {said.get('error-desc', 'no reason')}")
+        if time.monotonic_ns() >= deadline_ns:
+            raise DeadlineError("saving a guest's device state", timeout_ns)
+        time.sleep(_POLL_S)
+
+
+def _settle(command: Command) -> None:
+    """No save is under way afterwards: vCPUs that run meanwhile would tear the state."""
+    over = {None, "none", "failed", "cancelled", "completed"}
+    deadline_ns = time.monotonic_ns() + _CANCEL_NS
+    told = False
+    while command("query-migrate", {}).get("status") not in over:
+        if not told:
+            command("migrate_cancel", {})
+            told = True
+        if time.monotonic_ns() >= deadline_ns:
+            raise DeadlineError("cancelling a save", _CANCEL_NS, remedy=_STOPPED)
+        time.sleep(_POLL_S)
+
+
+def _let_run(command: Command) -> None:
+    for attempt in range(_TRIES):
+        try:
+            if not command("query-status", {})["running"]:
+                command("cont", {})
+            return
+        except (HypervisorError, DeadlineError) as error:
+            if attempt == _TRIES - 1:
+                error.remedy = _STOPPED
+                raise
+
+
+def _ignore_shared(command: Command, on: bool) -> None:
+    capability = {"capability": "x-ignore-shared", "state": on}
+    command("migrate-set-capabilities", {"capabilities": [capability]})
+
+
+def _opens_read_only(program: Path) -> bool:
+    said = subprocess.run(
+        [program, "-object", "memory-backend-file,help"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=builds.LOOK_NS / 1e9,
+        check=False,
+    )
+    return b"rom=" in said.stdout
+
+
+class _Reader:
+    """Empties a pipe on a thread of its own: QEMU holds its lock while it writes, and answers no
+    monitor then. Owns the descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._data = bytearray()
+        self._thread = threading.Thread(target=self._read, name="rehearsal", daemon=True)
+        self._thread.start()
+
+    def result(self) -> bytes:
+        """All of it; QEMU has closed its end when the save is complete."""
+        self._thread.join(_CANCEL_NS / 1e9)
+        if self._thread.is_alive() or len(self._data) > _STATE_BYTES:
+            raise HypervisorError("its state did not end: RAM was in it")
+        return bytes(self._data)
+
+    def stop(self) -> None:
+        """Whatever comes is thrown away, until the other end is closed."""
+        self._data = bytearray()
+
+    def _read(self) -> None:
+        with os.fdopen(self._fd, "rb", buffering=0) as file:
+            while block := file.read(1 << 20):
+                self._data += block
+                if len(self._data) > _STATE_BYTES:
+                    return  # QEMU gets EPIPE: the save fails
+
+
+_STOPPED = "it may be stopped: virsh resume, or hostupdate resume"

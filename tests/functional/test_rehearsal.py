@@ -1,0 +1,238 @@
+"""Rehearsals of QEMUs that are as libvirt starts them, without libvirt."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import pytest
+
+from hostupdate.errors import DeadlineError, HypervisorError, RefusedError
+from hostupdate.handover import builds, inquiry, rehearsal
+from hostupdate.handover.builds import Build
+from hostupdate.handover.rehearsal import Rehearsed
+from tests.functional.bare import RAM_BYTES, BareGuest, devices, machine, same_pages
+from tests.requirements import need
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Path]:
+    need("root", "qemu")
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory) / "pc.ram"
+
+
+@pytest.fixture
+def old_qemu(tmp_path: Path) -> Build:
+    return builds.keep(Path(shutil.which("qemu-system-x86_64") or ""), tmp_path / "old")
+
+
+class Marks(list[bool]):
+    """Every mark, in order."""
+
+    __call__ = list.append
+
+
+def rehearse(
+    guest: BareGuest, build: Build, scratch: Path, words: list[str] | None = None
+) -> Rehearsed:
+    """A rehearsal that leaves guest and host as they were, however it ends."""
+    marks = Marks()
+    before = set(scratch.iterdir())
+    try:
+        return rehearsal.rehearse(
+            guest, words or guest.command_line, build.wrapper, scratch, mark=marks
+        )
+    finally:
+        assert not guest.ignores_shared
+        assert marks in ([], [True, False])
+        assert set(scratch.iterdir()) == before
+        children = psutil.Process().children(recursive=True)
+        assert not [c for c in children if "rehearsal" in c.cmdline()]
+
+
+def without(words: list[str], text: str) -> list[str]:
+    (at,) = (n for n, word in enumerate(words) if text in word)
+    return words[: at - 1] + words[at + 1 :]
+
+
+def test_a_guest_with_much_in_it_is_taken_by_newer_qemus(
+    ram: Path, tmp_path: Path, old_qemu: Build, newer_qemu: Build, foreign_qemu: Build
+) -> None:
+    system = Path(shutil.which("qemu-system-x86_64") or "")
+    with BareGuest(system, [*machine(ram), *devices(tmp_path)]) as guest:
+        for build in (old_qemu, newer_qemu, foreign_qemu):
+            told = rehearse(guest, build, tmp_path)
+            assert told.ok, told.reason
+            assert told.reason == "" and told.paused_ns is not None and told.paused_ns > 0
+            assert told.new_version == builds.version(build.wrapper)
+            assert guest.running
+
+
+def test_ram_is_the_same_before_and_after(ram: Path, tmp_path: Path, old_qemu: Build) -> None:
+    """Under a QEMU that opens it for writing: the copy is private all the same."""
+    pages = []
+
+    with BareGuest(old_qemu.wrapper, machine(ram)) as guest:
+
+        def mark(rehearsing: bool) -> None:
+            if not rehearsing:  # its state is taken and not loaded yet
+                guest("stop", {})
+                pages.append(same_pages(ram))
+
+        told = rehearsal.rehearse(guest, guest.command_line, old_qemu.wrapper, tmp_path, mark=mark)
+        assert told.ok and len(pages[0].strip(b"\0")) > 4096
+        assert same_pages(ram) == pages[0]
+        assert ram.stat().st_size == RAM_BYTES
+
+
+def test_an_older_qemu_does_not_know_the_machine(
+    ram: Path, tmp_path: Path, old_qemu: Build, newer_qemu: Build
+) -> None:
+    """Found out before the guest is paused."""
+    with BareGuest(newer_qemu.wrapper, machine(ram, "pc-q35-10.0")) as guest:
+        told = rehearse(guest, old_qemu, tmp_path)
+        assert (told.ok, told.paused_ns) == (False, None)
+        assert "unsupported machine type" in told.reason
+        assert rehearse(guest, newer_qemu, tmp_path).ok
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "paused"),
+    [
+        ("tablet", r"Unknown savevm section .*usb-ptr", True),
+        ("stream", r"virtio-net: saved image requires vnet_hdr=on", True),
+        ("cpu", r"unable to find CPU model 'none'", False),
+    ],
+)
+def test_what_a_qemu_does_not_take_is_told_in_its_words(
+    ram: Path, tmp_path: Path, old_qemu: Build, change: str, reason: str, paused: bool
+) -> None:
+    with BareGuest(old_qemu.wrapper, [*machine(ram), *devices(tmp_path)]) as guest:
+        words = {
+            "tablet": without(guest.command_line, "usb-tablet"),
+            "stream": [
+                '{"type":"stream","id":"hostnet1"}' if '"tap"' in word else word
+                for word in guest.command_line
+            ],
+            "cpu": ["none" if word == "qemu64" else word for word in guest.command_line],
+        }[change]
+        told = rehearse(guest, old_qemu, tmp_path, words)
+        assert not told.ok and re.search(reason, told.reason)
+        assert "qemu-system" not in told.reason
+        assert (told.paused_ns is not None) == paused
+        assert guest.running
+
+
+def test_what_cannot_be_made_harmless_is_refused_before_the_guest_is_paused(
+    ram: Path, tmp_path: Path, old_qemu: Build
+) -> None:
+    with BareGuest(old_qemu.wrapper, machine(ram)) as guest:
+        words = [*guest.command_line, "-device", "vfio-pci,host=00:01.0,id=h", "-tpmdev", "x"]
+        with pytest.raises(RefusedError, match=r"vfio-pci h; .*-tpmdev x"):
+            rehearse(guest, old_qemu, tmp_path, words)
+        assert guest.running
+
+
+def test_a_paused_guest_stays_as_its_owner_wants_it(
+    ram: Path, tmp_path: Path, old_qemu: Build
+) -> None:
+    with BareGuest(old_qemu.wrapper, machine(ram)) as guest:
+        guest("stop", {})
+        with pytest.raises(RefusedError, match="does not run"):
+            rehearse(guest, old_qemu, tmp_path)
+        assert guest("query-status", {})["status"] == "paused"
+
+
+def test_private_ram_is_refused(ram: Path, tmp_path: Path, old_qemu: Build) -> None:
+    words = [
+        word.replace('"share":true', '"share":false').replace(',"prealloc":true', "")
+        for word in machine(ram)
+    ]
+    with (
+        BareGuest(old_qemu.wrapper, words) as guest,
+        pytest.raises(RefusedError, match="not in shared files"),
+    ):
+        rehearse(guest, old_qemu, tmp_path)
+
+
+@pytest.mark.parametrize("fails", ["getfd", "stop", "migrate", "query-migrate", "cont"])
+def test_a_monitor_that_fails_once_leaves_the_guest_running(
+    ram: Path, tmp_path: Path, old_qemu: Build, fails: str
+) -> None:
+    class Failing(BareGuest):
+        left = 1
+
+        def __call__(self, name: str, arguments: object, *, fd: int | None = None) -> object:
+            if name == fails and self.left and self.armed:
+                self.left -= 1
+                raise HypervisorError(f"{name} failed")
+            return super().__call__(name, arguments, fd=fd)  # type: ignore[arg-type]
+
+        armed = False
+
+    with Failing(old_qemu.wrapper, machine(ram)) as guest:
+        guest.armed = True
+        try:
+            told = rehearse(guest, old_qemu, tmp_path)
+        except HypervisorError as error:
+            assert fails in str(error)
+        else:
+            assert fails == "cont" and told.ok  # it is said again
+        assert guest.left == 0 and guest.running
+        assert rehearse(guest, old_qemu, tmp_path).ok
+
+
+def test_a_state_that_takes_too_long_is_given_up(
+    ram: Path, tmp_path: Path, old_qemu: Build
+) -> None:
+    with BareGuest(old_qemu.wrapper, [*machine(ram), *devices(tmp_path)]) as guest:
+        guest("migrate-set-parameters", {"max-bandwidth": 4096})  # slower than the state
+        with pytest.raises(DeadlineError):
+            rehearsal.rehearse(
+                guest,
+                guest.command_line,
+                old_qemu.wrapper,
+                tmp_path,
+                mark=Marks(),
+                pause_ns=50_000_000,
+            )
+        assert guest.running and not guest.ignores_shared
+        guest("migrate-set-parameters", {"max-bandwidth": 1 << 30})
+        assert rehearse(guest, old_qemu, tmp_path).ok
+
+
+def test_a_qemu_that_hangs_is_given_up_and_gone(ram: Path, tmp_path: Path, old_qemu: Build) -> None:
+    hanging = Build(tmp_path / "hanging")
+    hanging.directory.mkdir()
+    hanging.wrapper.write_text(
+        f'#!/bin/sh\ncase "$*" in *defer*) exec sleep 1000;; esac\nexec {old_qemu.wrapper} "$@"\n'
+    )
+    hanging.wrapper.chmod(0o755)
+    with BareGuest(old_qemu.wrapper, machine(ram)) as guest:
+        told = rehearsal.rehearse(
+            guest,
+            guest.command_line,
+            hanging.wrapper,
+            tmp_path,
+            mark=Marks(),
+            load_ns=500_000_000,
+        )
+        assert not told.ok and "no answer within" in told.reason and told.paused_ns is None
+        names = [child.name() for child in psutil.Process().children(recursive=True)]
+        assert "sleep" not in names and guest.running
+
+
+def test_disks_are_told_by_device_and_by_node(ram: Path, tmp_path: Path, old_qemu: Build) -> None:
+    with BareGuest(old_qemu.wrapper, [*machine(ram), *devices(tmp_path)]) as guest:
+        found = inquiry.disks(guest)
+        assert found["virtio-disk0"] == found["libvirt-2-format"]
+        assert (found["virtio-disk0"].size_bytes, found["virtio-disk0"].read_only) == (
+            32 << 20,
+            False,
+        )
+        assert found["scsi0-0-0-0"].read_only and "sata0-0-1" not in found
