@@ -31,6 +31,7 @@ T = TypeVar("T")
 _BUSY = {libvirt.VIR_DOMAIN_PAUSED_SAVE, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP}
 _PROBE = "hostupdate-hook-probe"
 _EVENT_S = 1.0
+_STREAM = '{"execute":"migrate","arguments":{"uri":"fd:hostupdate"}}'
 
 
 class Parking:
@@ -42,6 +43,7 @@ class Parking:
         self._life_ns = life_ns
         self._watched: Any = None
         self._changed = threading.Condition()
+        self._probing = threading.Lock()
         self._stamps: dict[tuple[str, str], Stamp] = {}
 
     def facts(self, uuid: str) -> DomainFacts | None:
@@ -94,6 +96,47 @@ class Parking:
         self._drop(uuid, "STOP")
         self._of("save a guest", uuid, lambda domain: domain.save(str(path)), self._life_ns)
 
+    def description(self, uuid: str) -> tuple[str, str]:
+        """XML and cookie as a save image of the guest has them.
+
+        The XML is that which libvirt sends in a migration; whoever restores it leaves out what
+        belongs to this instance only (qemuMigrationSrcBeginXML, VIR_DOMAIN_DEF_PARSE_INACTIVE). The
+        cookie is the CPU as the guest sees it (qemuDomainSaveCookieFormat).
+        """
+
+        def ask(domain: Any) -> tuple[str, str]:
+            secure = libvirt.VIR_DOMAIN_XML_SECURE
+            live = ET.fromstring(domain.XMLDesc(secure))
+            cookie = ET.Element("cookie")
+            cpu = live.find("cpu")
+            if cpu is not None:
+                for numa in cpu.findall("numa"):
+                    cpu.remove(numa)
+                cookie.append(cpu)
+            if not any(_has_helper_less_slirp(each) for each in live.iterfind("devices/interface")):
+                ET.SubElement(cookie, "slirpHelper")
+            xml = domain.XMLDesc(secure | libvirt.VIR_DOMAIN_XML_MIGRATABLE)
+            return xml, ET.tostring(cookie, encoding="unicode")
+
+        return self._of("describe a guest", uuid, ask)
+
+    def stream(self, uuid: str, fd: int) -> None:
+        """Stops the guest and has QEMU write its state to ``fd``, a pipe that somebody reads on
+        another thread: QEMU answers nothing while it writes."""
+        self._drop(uuid, "STOP")
+        give = '{"execute":"getfd","arguments":{"fdname":"hostupdate"}}'
+
+        def start(domain: Any) -> None:
+            _answer(libvirt_qemu.qemuMonitorCommandWithFiles(domain, give, [fd], 0)[0], "getfd")
+            for command in ('{"execute":"stop"}', _STREAM):
+                _answer(libvirt_qemu.qemuMonitorCommand(domain, command, 0), command)
+
+        self._of("save a guest", uuid, start)
+
+    def stream_state(self, uuid: str) -> str:
+        """What QEMU says of that: ``completed`` when it is through."""
+        return str(self._monitor(uuid, "query-migrate", {}).get("status", "none"))
+
     def cancel(self, uuid: str) -> None:
         """Ends a save under way; the guest goes on. No error where there is none."""
         with suppress(HypervisorError):
@@ -143,7 +186,8 @@ class Parking:
             domain.destroy()
             return False
 
-        return self._call("try libvirt's hook", ask, self._life_ns)
+        with self._probing:  # its name is the same for all
+            return self._call("try libvirt's hook", ask, self._life_ns)
 
     def watch(self) -> None:
         """From now on, until the daemon ends, stops and resumes are noted."""
@@ -181,11 +225,7 @@ class Parking:
         reply = self._of(
             command, uuid, lambda domain: libvirt_qemu.qemuMonitorCommand(domain, text, 0)
         )
-        answer = json.loads(reply)
-        if "return" not in answer:
-            problem = answer.get("error", {}).get("desc", "an answer that says nothing")
-            raise HypervisorError(f"QEMU: {command}: {problem}")
-        return answer["return"]
+        return _answer(reply, command)
 
     def _of(
         self, what: str, uuid: str, run: Callable[[Any], T], timeout_ns: int | None = None
@@ -205,6 +245,19 @@ class Parking:
             return run(connection)
 
         return self._hypervisor.call(what, watched, timeout_ns)
+
+
+def _answer(reply: str, command: str) -> Any:
+    answer = json.loads(reply)
+    if "return" not in answer:
+        problem = answer.get("error", {}).get("desc", "an answer that says nothing")
+        raise HypervisorError(f"QEMU: {command}: {problem}")
+    return answer["return"]
+
+
+def _has_helper_less_slirp(interface: ET.Element) -> bool:
+    """QEMU's own user network, which libvirt must not replace by a helper at the restore."""
+    return interface.get("type") == "user" and interface.find("backend") is None
 
 
 def _described(xml: str, active: bool) -> dict[str, Any]:

@@ -38,6 +38,9 @@ ours() {
 	begun=$2
 	# shellcheck disable=SC2086
 	set -- ${stat##*) }
+	case $1 in
+	Z | X) return 1 ;;
+	esac
 	[ "${20}" = "$begun" ]
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from hostupdate.handover.hook import Hook
 from hostupdate.handover.records import ParkedRecords
@@ -25,6 +25,15 @@ class Domains(Protocol):
         """To where libvirt keeps such an image. A guest that could not be saved goes on."""
 
     def save(self, uuid: str, path: Path) -> None: ...
+    def description(self, uuid: str) -> tuple[str, str]:
+        """XML and cookie as a save image of the guest has them."""
+
+    def stream(self, uuid: str, fd: int) -> None:
+        """Stops the guest and has QEMU write its state to ``fd``, a pipe that somebody reads."""
+
+    def stream_state(self, uuid: str) -> str:
+        """What QEMU says of that: ``completed`` when it is through."""
+
     def cancel(self, uuid: str) -> None:
         """Ends a save under way; the guest goes on. No error where there is none."""
 
@@ -68,16 +77,19 @@ class Way(Protocol):
 
     ``prepare`` while the guest runs; then ``switch``, or where something must happen while no
     guest has a QEMU (a module, a kernel), ``park`` and later ``unpark``. A guest comes out of
-    both under its new QEMU, paused: the caller looks at it, sets its clock, then ``commit`` lets it
-    run, and there is no way back. ``finish`` clears up. ``abort`` takes back what ``prepare`` did.
+    both under its new QEMU, paused: the caller looks at it, then ``commit`` lets it run, and there
+    is no way back; before it, ``rollback`` puts the old QEMU under it. ``finish`` clears up.
+    ``abort`` takes back what ``prepare`` did. Guests may be handled in parallel.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+
     def prepare(self, uuid: str) -> ParkedRecord: ...
     def switch(self, record: ParkedRecord, emulator: str | None) -> ParkedRecord: ...
     def park(self, record: ParkedRecord) -> ParkedRecord: ...
     def unpark(self, record: ParkedRecord, emulator: str | None) -> ParkedRecord: ...
     def commit(self, record: ParkedRecord) -> ParkedRecord: ...
+    def rollback(self, record: ParkedRecord) -> ParkedRecord: ...
+    def blackout_ns(self, record: ParkedRecord) -> int | None: ...
     def finish(self, record: ParkedRecord) -> None: ...
     def abort(self, record: ParkedRecord) -> None: ...

@@ -9,9 +9,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from hostupdate.errors import GuestError
-from hostupdate.handover import ram_store
 from hostupdate.handover.ports import Host
 from hostupdate.handover.saving import Saving
+from hostupdate.handover.ways import WAYS
 from hostupdate.model import GuestState
 from hostupdate.parked import ParkedRecord, ParkedState
 
@@ -32,7 +32,12 @@ def recover(host: Host, record: ParkedRecord, emulator: str | None = None) -> Re
     GuestError: it stays as it is and needs a human, or another try. HypervisorError and
     DeadlineError: libvirt does not answer; nothing is known then.
     """
-    way = Saving(host)
+    if record.way not in WAYS:
+        raise GuestError(
+            record.name, f"it was parked in a way that this version does not know: {record.way}",
+            remedy="finish it with the version of hostupdate that parked it",
+        )  # fmt: skip
+    way = Saving(host)  # however a guest was taken down, it is brought up like this
     facts = way.settle(record)
     if record.state is ParkedState.LINKED:
         if facts.active or not host.hook.guards(record):
@@ -69,11 +74,6 @@ def discard(host: Host, record: ParkedRecord) -> None:
     """Gives up what is parked, at its owner's word: the guest can be booted anew then, as after a
     power failure. Its image and its RAM are gone."""
     Saving(host).finish(record)
-
-
-def parked(record: ParkedRecord) -> str:
-    """Whether a parked guest can come back, as far as its files tell: what is wrong, or empty."""
-    return ram_store.problem_of(record)
 
 
 _DISCARD = "look at its disks, then `hostupdate resume --discard`; it can be started anew then"

@@ -14,6 +14,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 from uuid import UUID
 
 import msgspec
@@ -34,13 +35,14 @@ from hostupdate.parked import DomainFacts, ParkedRecord, ParkedState
 _ROOM_BYTES = 64 << 20
 _SETTLE_NS = 30_000_000_000
 _POLL_S = 0.02
+_RELOAD = "systemctl reload libvirtd (or virtqemud): it looks for hooks then; guests run on"
 
 
 class Saving:
     """Fits :class:`hostupdate.handover.ports.Way`. Errors are GuestError where a guest cannot be
     handled, and those of the hypervisor; the guest's record tells its state then."""
 
-    name = "save"
+    name: ClassVar[str] = "save"
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -50,6 +52,9 @@ class Saving:
         PrerequisiteError: the record cannot be written."""
         facts = self.facts(uuid)
         record = self._record(uuid, facts)
+        self._host.hook.install()
+        if not self._host.domains.hook_is_called(uuid):
+            raise GuestError(facts.name, "libvirt's daemon does not call our hook", remedy=_RELOAD)
         self._host.records.write(record)
         try:
             ram_store.link(record)
@@ -76,10 +81,7 @@ class Saving:
         try:
             self._host.hook.guard(record)
             domains.set_ignore_shared(record.uuid, True)
-            if record.persistent:
-                domains.managed_save(record.uuid)
-            else:
-                domains.save(record.uuid, Path(record.guard))
+            self._save(record)
         except HostUpdateError as error:
             if isinstance(error, DeadlineError):
                 domains.cancel(record.uuid)
@@ -88,9 +90,16 @@ class Saving:
                 raise GuestError(record.name, f"it was not saved, and runs: {error}") from error
         return self.saved(record)
 
+    def _save(self, record: ParkedRecord) -> None:
+        """Leaves an image in ``record.guard``, and no QEMU."""
+        if record.persistent:
+            self._host.domains.managed_save(record.uuid)
+        else:
+            self._host.domains.save(record.uuid, Path(record.guard))
+
     def saved(self, record: ParkedRecord) -> ParkedRecord:
         """Notes a guest that has been saved. GuestError: its image is not right."""
-        data = self._checked(record, Path(record.guard))
+        data = self.checked(record, Path(record.guard))
         if record.guard != record.image:
             store(Path(record.image), data)
         stamp = self._host.domains.stopped(record.uuid) if record.was_running else None
@@ -191,11 +200,11 @@ class Saving:
         hypervisor does, the record is still there then. GuestError: it has been saved."""
         facts = self._host.domains.facts(record.uuid)
         if facts is not None and facts.active:
-            self._host.domains.set_ignore_shared(record.uuid, False)
-            self._forget_save(record)  # half an image
             paused = facts.state is GuestState.PAUSED and not facts.paused_by_owner
             if record.was_running and paused:
                 self._host.domains.resume(record.uuid)
+            self._host.domains.set_ignore_shared(record.uuid, False)
+            self._forget_save(record)  # half an image
         elif self._host.hook.guards(record):
             raise GuestError(record.name, "it has no QEMU any more: unpark it")
         self.forget(record)
@@ -289,10 +298,10 @@ class Saving:
         remedy = ""
         with suppress(HypervisorError, DeadlineError):
             if not self._host.domains.hook_is_called(record.uuid):
-                remedy = "systemctl reload libvirtd: it does not call our hook yet; then resume"
+                remedy = _RELOAD
         return GuestError(record.name, f"{problem}; it stays parked", remedy=remedy)
 
-    def _checked(self, record: ParkedRecord, path: Path) -> bytes:
+    def checked(self, record: ParkedRecord, path: Path) -> bytes:
         """An image that is complete, this guest's, and without just the RAM that is parked."""
         try:
             found = image.read_image(path)

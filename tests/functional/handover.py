@@ -1,4 +1,4 @@
-"""``python -m tests.functional.handover BASE UUID POINT``: a handover that dies at a given point.
+"""``python -m tests.functional.handover BASE URI UUID WAY POINT``: a handover that dies somewhere.
 
 The hands of a handover on the private libvirtd of :mod:`tests.functional.daemon`, put together as
 the program's composer does.
@@ -18,7 +18,7 @@ from hostupdate.guests.parking import Parking
 from hostupdate.handover.hook import Hook
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import ParkedRecords
-from hostupdate.handover.saving import Saving
+from hostupdate.handover.ways import WAYS
 from hostupdate.host import processes
 
 CALL_NS = 20_000_000_000
@@ -64,10 +64,10 @@ def die_at(host: Host, point: str) -> None:
     setattr(holder, method, fatal)
 
 
-def main(base: str, uri: str, uuid: str, point: str) -> None:
+def main(base: str, uri: str, uuid: str, kind: str, point: str) -> None:
     host = host_of(Path(base), uri)
     die_at(host, point)
-    way = Saving(host)
+    way = WAYS[kind](host)
     way.finish(way.commit(way.switch(way.prepare(uuid), None)))
     raise AssertionError(f"the point was not reached: {point}")
 

@@ -5,156 +5,34 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from libvirt_qemu import qemuMonitorEventRegister
 
-from hostupdate.errors import GuestError, HostUpdateError
+from hostupdate.errors import GuestError, HypervisorError
 from hostupdate.guests import Hypervisor
-from hostupdate.guests.parking import Parking
-from hostupdate.guests.scratch import ScratchGuests
-from hostupdate.handover.ports import Host
+from hostupdate.handover import builds
+from hostupdate.handover.builds import Build
 from hostupdate.handover.recovery import Recovered, discard, recover
-from hostupdate.handover.saving import Saving
+from hostupdate.handover.ways import WAYS
 from hostupdate.lab import console
 from hostupdate.lab.root import record_path
 from hostupdate.model import GuestState
-from hostupdate.parked import ParkedRecord, ParkedState
-from tests.functional.cli import Lab
-from tests.functional.conftest import make_cache
-from tests.functional.daemon import Daemon, DaemonLab
+from hostupdate.parked import ParkedState
+from tests.functional.daemon import DaemonLab
 from tests.functional.handover import CALL_NS, host_of, pid_of
-from tests.requirements import need
+from tests.functional.parked_guest import Parked, wait
+from tests.functional.parked_guest import guest as guest
+from tests.functional.parked_guest import made as made
 
 FOREIGN_HOOK = '#!/bin/sh\necho "$1 $2 $3" >>{log}\n'
-
-
-@dataclass
-class Parked:
-    """One guest, and the hands that park it."""
-
-    base: Path
-    daemon: Daemon
-    lab: Lab
-    host: Host
-    uuid: str
-
-    @property
-    def name(self) -> str:
-        return self.lab.names[0]
-
-    @property
-    def domains(self) -> Parking:
-        assert isinstance(self.host.domains, Parking)
-        return self.host.domains
-
-    @property
-    def way(self) -> Saving:
-        return Saving(self.host)
-
-    @property
-    def guard(self) -> Path:
-        return self.host.save_directory / f"{self.name}.save"
-
-    @property
-    def record(self) -> ParkedRecord:
-        record = self.host.records.read(self.uuid)
-        assert record is not None
-        return record
-
-    def park(self) -> ParkedRecord:
-        return self.way.park(self.way.prepare(self.uuid))
-
-    def bring_back(self, record: ParkedRecord) -> int | None:
-        """Unparks and lets run; the blackout."""
-        record = self.way.commit(self.way.unpark(record, None))
-        blackout_ns = self.way.blackout_ns(record)
-        self.way.finish(record)
-        return blackout_ns
-
-    def owner(self) -> ScratchGuests:
-        return ScratchGuests(Hypervisor(self.daemon.uri, timeout_ns=CALL_NS))
-
-    def state(self) -> GuestState:
-        facts = self.domains.facts(self.uuid)
-        assert facts is not None
-        return facts.state
-
-    def virsh(self, *words: str) -> subprocess.CompletedProcess[str]:
-        argv = ["virsh", "-c", self.daemon.uri, *words]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-
-    def files(self) -> list[str]:
-        """All that a handover leaves while it is under way."""
-        places = (
-            self.base / "ram/hostupdate-parked",
-            self.base / "state/parked",
-            self.base / "state/hook",
-            self.host.save_directory,
-        )
-        return sorted(str(path) for place in places for path in place.rglob("*") if path.is_file())
-
-    def assert_as_if_nothing_had_been(self) -> None:
-        assert self.files() == []
-        assert self.state() is GuestState.RUNNING
-        assert not self.domains.ignores_shared(self.uuid)
-        self.lab.assert_healthy()
-
-
-@pytest.fixture(scope="module")
-def made() -> Iterator[DaemonLab]:
-    need("root", "qemu", "libvirt", "lab")
-    base = Path(tempfile.mkdtemp(prefix="hu-p-", dir="/var/tmp"))
-    (base / "state").mkdir(mode=0o700)
-    ram = base / "ram"
-    ram.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512M,mode=755", "hu", ram], check=True)
-    hooks = base / "etc/hooks/qemu.d"
-    try:
-        lab = DaemonLab(base, make_cache(base / "state"), guests=2, ram=ram)
-        hooks.mkdir(parents=True)
-        yield lab
-        lab.remove()
-    finally:
-        subprocess.run(["umount", "--lazy", ram], check=True)
-        shutil.rmtree(base)
-
-
-@pytest.fixture
-def guest(made: DaemonLab) -> Iterator[Parked]:
-    """A guest that runs before and after each test, its handover's traces gone."""
-    made.daemon.ensure()
-    host = host_of(made.daemon.base, made.daemon.uri)
-    names = made.lab.names
-    hypervisor = Hypervisor(made.daemon.uri, timeout_ns=CALL_NS)
-    uuids = {each.name: each.uuid for each in hypervisor.guests()}
-    guest = Parked(made.daemon.base, made.daemon, made.lab, host, uuids[names[0]])
-    host.hook.install()
-    if not guest.domains.hook_is_called(guest.uuid):
-        pid = made.daemon.pid
-        assert pid is not None
-        os.kill(pid, signal.SIGHUP)
-        wait(lambda: guest.domains.hook_is_called(guest.uuid))
-    yield guest
-    made.daemon.ensure()
-    if host.records.read(guest.uuid) is not None:  # for the next test's sake
-        recover(host, guest.record)
-    guest.assert_as_if_nothing_had_been()
-
-
-def wait(condition: object, seconds: float = 20) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_daemon_that_had_no_hook_calls_it_once_it_has_reloaded(made: DaemonLab) -> None:
@@ -231,6 +109,32 @@ def test_another_emulator(guest: Parked, tmp_path: Path) -> None:
     with pytest.raises(GuestError, match="no way back"):
         guest.way.rollback(record)
     guest.way.finish(record)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_newer_qemu(
+    guest: Parked, newer_qemu: Build, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    """And the old one again, in a handover of its own: the guest has moved on."""
+    hands = WAYS[way](guest.host)
+    log = guest.lab.console(guest.name)
+    before = console.last_tick(log)
+    assert before is not None
+    blackouts = []
+    for emulator in (str(newer_qemu.wrapper), "/usr/bin/qemu-system-x86_64"):
+        record = hands.commit(hands.switch(hands.prepare(guest.uuid), emulator))
+        blackouts.append(hands.blackout_ns(record))
+        hands.finish(record)
+        guest.assert_as_if_nothing_had_been()
+        pid = pid_of(guest.uuid)
+        assert pid is not None
+        versions = builds.version(Path(f"/proc/{pid}/exe")), builds.version(Path(emulator))
+        assert versions[0] == versions[1]
+    numbers = [tick.seq for tick in console.ticks(log, after_seq=before.seq)]
+    assert numbers == list(range(before.seq + 1, before.seq + 1 + len(numbers)))
+    with capsys.disabled():
+        milliseconds = [round((blackout or 0) / 1e6) for blackout in blackouts]
+        print(f"\n[{way}, to a newer QEMU and back: blackouts {milliseconds} ms]")
 
 
 def test_an_emulator_that_does_not_take_it(guest: Parked) -> None:
@@ -451,12 +355,7 @@ def test_a_save_that_fails(guest: Parked) -> None:
 def test_our_death(guest: Parked, point: str) -> None:
     """Whenever it comes, the guest runs or is parked, nobody else can start it, and recovery
     brings it back; twice, it does no harm."""
-    argv = [sys.executable, "-m", "tests.functional.handover"]
-    ended = subprocess.run(
-        [*argv, str(guest.base), guest.daemon.uri, guest.uuid, point],
-        capture_output=True, text=True, timeout=90, check=False,
-    )  # fmt: skip
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    guest.die_at(point)
     state = guest.way.settle(guest.record).state
     if state is GuestState.SHUTOFF:
         assert guest.virsh("start", guest.name).returncode != 0
@@ -466,17 +365,64 @@ def test_our_death(guest: Parked, point: str) -> None:
     guest.assert_as_if_nothing_had_been()
 
 
-@pytest.mark.parametrize("delay_ms", [0, 20, 60, 150, 300])
+@pytest.mark.parametrize("delay_ms", [0, 10, 20, 40, 60])
 def test_the_daemon_dies_while_it_saves(guest: Parked, delay_ms: int) -> None:
+    """So long after it has stopped the guest."""
     record = guest.way.prepare(guest.uuid)
-    killer = subprocess.Popen(["sh", "-c", f"sleep {delay_ms / 1000}; exec {guest.daemon.kill}"])
-    with suppress(HostUpdateError):
-        guest.way.park(record)
-    killer.wait(timeout=20)
+    killers: list[threading.Timer] = []
+
+    def stopped(*_: object) -> None:
+        pid = guest.daemon.pid
+        assert pid is not None
+        killers.append(threading.Timer(delay_ms / 1000, os.kill, (pid, signal.SIGKILL)))
+        killers[-1].start()
+
+    with closing(Hypervisor(guest.daemon.uri, timeout_ns=CALL_NS)) as watcher:
+        watcher.call(
+            "watch", lambda conn: qemuMonitorEventRegister(conn, None, "STOP", stopped, None)
+        )
+        with pytest.raises(HypervisorError):
+            guest.way.park(record)
+    killers[0].join()
     wait(lambda: guest.daemon.pid is None)
+    assert guest.record.state is ParkedState.LINKED
     guest.daemon.ensure()
-    outcome = recover(guest.host, guest.record)
-    assert outcome in (Recovered.UNTOUCHED, Recovered.UNPARKED)
+    recover(guest.host, guest.record)
+    guest.assert_as_if_nothing_had_been()
+
+
+@pytest.mark.parametrize("operation", ["stopped", "release"])
+def test_the_daemon_dies_while_it_ends_the_old_qemu(guest: Parked, operation: str) -> None:
+    """The image is complete then."""
+    record = guest.way.prepare(guest.uuid)
+    fatal = guest.host.hook.path.with_name("fatal")
+    fatal.write_text(f'#!/bin/sh\n[ "$2" != {operation} ] || exec kill -KILL $PPID\n')
+    fatal.chmod(0o755)
+    with pytest.raises(HypervisorError):
+        guest.way.park(record)
+    fatal.unlink()
+    wait(lambda: guest.daemon.pid is None)
+    assert guest.record.state is ParkedState.LINKED
+    guest.daemon.ensure()
+    assert recover(guest.host, guest.record) is Recovered.UNPARKED
+
+
+def test_a_guest_without_a_definition(guest: Parked) -> None:
+    guest.owner().undefine(guest.name)
+    record = guest.park()
+    assert not record.persistent and not guest.guard.exists()
+    assert guest.domains.facts(guest.uuid) is None
+    guest.bring_back(record)
+    guest.owner().define(record_path(guest.lab.root, guest.name).read_text())
+
+
+def test_a_daemon_that_calls_no_hook_parks_nothing(guest: Parked) -> None:
+    guest.host.hook.uninstall()
+    guest.daemon.end()
+    guest.daemon.ensure()
+    with pytest.raises(GuestError, match="does not call our hook") as caught:
+        guest.way.prepare(guest.uuid)
+    assert "reload" in caught.value.remedy
     guest.assert_as_if_nothing_had_been()
 
 
@@ -487,11 +433,82 @@ def test_the_daemon_dies_under_a_guest_that_is_paused_under_its_new_qemu(guest: 
     assert recover(guest.host, record) is Recovered.UNPARKED
 
 
+@pytest.mark.parametrize("name", ["a-fatal", "z-fatal"])
+def test_our_death_while_libvirt_starts_the_new_qemu(guest: Parked, name: str) -> None:
+    """Before our hook was asked the guest stays parked, after it libvirt goes on by itself."""
+    fatal = guest.host.hook.path.with_name(name)
+    knows = guest.host.hook.state / guest.uuid
+    fatal.write_text(
+        "#!/bin/sh\n[ $2 = start ] || exit 0\n"
+        f"pid=$(sed -n 's/^unpark \\([0-9]*\\).*/\\1/p' {knows})\n"
+        "kill -KILL $pid\n"
+        "while [ -e /proc/$pid ] && ! grep -q ') Z' /proc/$pid/stat; do sleep 0.01; done\n"
+        "exit 0\n"
+    )
+    fatal.chmod(0o755)
+    guest.die_at("after domains resume 2")
+    fatal.unlink()
+    state = guest.way.settle(guest.record).state
+    assert state is (GuestState.SHUTOFF if name == "a-fatal" else GuestState.PAUSED)
+    assert recover(guest.host, guest.record) is Recovered.UNPARKED
+
+
+def test_all_guests_at_once(guest: Parked) -> None:
+    """Both are parked while their daemon is replaced."""
+    uuids = {name: uuid_of(guest, name) for name in guest.lab.names}
+
+    def each(act: Callable[[Any], Any], *given: Any) -> list[Any]:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(act, *given))
+
+    records = each(guest.way.park, each(guest.way.prepare, uuids.values()))
+    assert len(guest.host.records.uuids()) == len(uuids)
+    guest.daemon.end()
+    guest.daemon.ensure()
+    records = each(lambda record: guest.way.unpark(record, None), records)
+    each(guest.way.finish, each(guest.way.commit, records))
+
+
+def uuid_of(guest: Parked, name: str) -> str:
+    return guest.virsh("domuuid", name).stdout.strip()
+
+
+def boot(guest: Parked) -> None:
+    """Starts the guest anew."""
+    guest.lab.console(guest.name).unlink()
+    assert guest.virsh("start", guest.name).returncode == 0
+    console.wait_ready(guest.lab.console(guest.name), time.monotonic_ns() + 60_000_000_000)
+
+
 def test_what_was_parked_can_be_given_up(guest: Parked) -> None:
     """Its owner's last resort."""
     record = guest.park()
     discard(guest.host, record)
     assert guest.files() == []
-    guest.lab.console(guest.name).unlink()
-    assert guest.virsh("start", guest.name).returncode == 0
-    console.wait_ready(guest.lab.console(guest.name), time.monotonic_ns() + 60_000_000_000)
+    boot(guest)
+
+
+def test_a_guest_that_was_booted_behind_our_back_is_left_alone(guest: Parked) -> None:
+    record = guest.park()
+    guest.host.hook.release(record)
+    assert guest.virsh("managedsave-remove", guest.name).returncode == 0
+    boot(guest)
+    pid = pid_of(guest.uuid)
+    for paused in (False, True):
+        if paused:
+            guest.owner().suspend(guest.name)
+        with pytest.raises(GuestError, match="somebody has booted it"):
+            recover(guest.host, guest.record)
+    guest.owner().resume(guest.name)
+    assert pid_of(guest.uuid) == pid
+    discard(guest.host, record)
+
+
+def test_a_guest_that_ended_after_it_was_let_run(guest: Parked) -> None:
+    """Its image is history: it is not loaded again."""
+    guest.way.commit(guest.way.switch(guest.way.prepare(guest.uuid), None))
+    guest.owner().destroy(guest.name)
+    with pytest.raises(GuestError, match="ended since"):
+        recover(guest.host, guest.record)
+    discard(guest.host, guest.record)
+    boot(guest)
