@@ -101,6 +101,24 @@ class Clock(Table, frozen=True, kw_only=True):
     timeout_ns: Annotated[int, span(MINUTE)] = 10 * SECOND
 
 
+class Handover(Table, frozen=True, kw_only=True):
+    """Guests under another QEMU."""
+
+    #: save: libvirt saves a guest; own-save: its QEMU is made to, and ended, which is quicker.
+    way: Literal["save", "own-save"] = "own-save"
+
+
+#: A directory of this host.
+Directory = Annotated[
+    str,
+    Meta(
+        pattern=r"\A/[^\x00-\x1f\x7f]*\Z",
+        description="an absolute path",
+        examples=["/etc/libvirt/hooks"],
+    ),
+]
+
+
 class Paths(Table, frozen=True, kw_only=True):
     """Where things are on this host."""
 
@@ -113,6 +131,12 @@ class Paths(Table, frozen=True, kw_only=True):
             examples=["/sys/fs/cgroup"],
         ),
     ] = ""
+    #: Where libvirt looks for hooks.
+    libvirt_hooks: Directory = "/etc/libvirt/hooks"
+    #: Where libvirt keeps images of saved guests.
+    libvirt_saves: Directory = "/var/lib/libvirt/qemu/save"
+    #: Where QEMUs are kept that guests may have to go back to; guests' users must reach it.
+    builds: Directory = "/var/lib/hostupdate-qemu"
 
 
 class Config(Table, frozen=True, kw_only=True):
@@ -123,6 +147,7 @@ class Config(Table, frozen=True, kw_only=True):
     deadlines: Deadlines = Deadlines()
     residency: Residency = Residency()
     clock: Clock = Clock()
+    handover: Handover = Handover()
     paths: Paths = Paths()
 
 

@@ -103,4 +103,3 @@ def clock_warnings(clock: Clock) -> list[str]:
     if clock.hold_network:
         return ["network links are not held during a handover: libvirt makes them anew"]
     return []
-

@@ -156,7 +156,8 @@ class Action(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that a run does. ``plan`` prints these and ``apply`` executes just these.
 
     ``kind`` selects the engine's handler, ``title`` is for people, ``step`` the manifest step's
-    name where the action runs one, ``guest`` the uuid where it is about one. ``undo`` says how a failed run takes it back; empty where
+    name where the action runs one, ``guest`` the uuid where it is about one. ``undo`` says how a
+    failed run takes it back; empty where
     there is nothing to take back.
     """
 

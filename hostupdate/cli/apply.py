@@ -28,7 +28,9 @@ from hostupdate.cli.terminal import duration, err, print_error, print_json
 from hostupdate.clocks import Clocks
 from hostupdate.config import Config
 from hostupdate.durations import DurationError, parse_duration
+from hostupdate.eligibility import Eligibility
 from hostupdate.engine import Run
+from hostupdate.engine.ports import HandoverPort
 from hostupdate.errors import InputError, RefusedError
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.agent import Agents
@@ -125,6 +127,7 @@ def command(
                 watchdogs=clocks.watchdogs(asked),
                 rivals=guard.survey(settings.uri),
                 vitals=vitals,
+                eligible=_eligible(manifest, config, hypervisor, guests),
             )
             if dry_run:
                 print_json(plan) if settings.json else print_plan(plan)
@@ -146,6 +149,7 @@ def command(
                 guard,
                 look,
                 vitals,
+                _handover(run_id, plan, settings, config, manifest, hypervisor, verify),
             )
     except RefusedError as error:
         if not settings.json or dry_run:
@@ -181,6 +185,7 @@ def _execute(
     guard: Guard,
     look: Callable[[Sequence[tuple[str, int]]], Mapping[str, Vitals]],
     vitals: Mapping[str, Vitals],
+    handover: HandoverPort | None,
 ) -> Report:
     pending = PendingRecord(
         run_id=run_id,
@@ -207,15 +212,46 @@ def _execute(
             cgroups=cgroups,
             guests=guests,
             verify_ram=verify_ram,
+            handover=handover,
             progress=Silent() if settings.quiet else Lines(),
         ) as hands,
     ):
         return Run(run_id, plan, config, hands).execute()
 
 
+def _eligible(
+    manifest: Manifest, config: Config, hypervisor: Hypervisor, guests: list[LocatedGuest]
+) -> Mapping[str, Eligibility]:
+    """Who can be handed over, where somebody is to be."""
+    if manifest.qemu is None and manifest.update.impact != "handover":
+        return {}
+    from hostupdate.cli.handing_over import eligibility
+
+    return eligibility(hypervisor, guests, config)
+
+
+def _handover(
+    run_id: str,
+    plan: Plan,
+    settings: Settings,
+    config: Config,
+    manifest: Manifest,
+    hypervisor: Hypervisor,
+    verify_ram: str,
+) -> HandoverPort | None:
+    if plan.actual is not Impact.HANDOVER:
+        return None
+    from hostupdate.cli.handing_over import HandoverHand, parking_host
+
+    program = manifest.qemu.program if manifest.qemu is not None else ""
+    host = parking_host(settings, config, hypervisor, run_id)
+    return HandoverHand(host, config, hypervisor, program, verify_ram)
+
+
 def _asked(manifest: Manifest, guests: list[LocatedGuest]) -> list[str]:
     """The guests whose watchdogs matter: those that a blackout would pause."""
-    if not manifest.steps_in(Phase.BLACKOUT):
+    pauses = manifest.steps_in(Phase.BLACKOUT) or manifest.qemu is not None
+    if not (pauses or manifest.update.impact == "handover"):
         return []
     return [g.guest.uuid for g in guests if g.place is not None and not g.place.frozen]
 

@@ -17,7 +17,7 @@ from hostupdate.core import clock
 from hostupdate.core.freezer import GuestHandle, GuestSet, open_cgroup, open_process
 from hostupdate.core.keeper import Keeper
 from hostupdate.engine import Hands
-from hostupdate.engine.ports import KeeperPort, PausedSet, ProgressPort
+from hostupdate.engine.ports import HandoverPort, KeeperPort, PausedSet, ProgressPort
 from hostupdate.errors import CoreError, HostUpdateError, HypervisorError, PrerequisiteError
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.links import Links
@@ -175,6 +175,7 @@ def make_hands(
     cgroups: Cgroups | None,
     guests: Sequence[LocatedGuest],
     verify_ram: str,
+    handover: HandoverPort | None,
     progress: ProgressPort,
 ) -> Iterator[Hands]:
     """Everything that one run needs, closed at its end."""
@@ -197,6 +198,7 @@ def make_hands(
             steps=steps,
             journal=journal,
             guard=guard,
+            handover=handover,
             look=look,
             vitals=vitals,
             progress=progress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,17 +21,20 @@ from hostupdate.guests.parking import Parking
 from hostupdate.guests.uri import embedded_root
 from hostupdate.handover import builds, inquiry, rehearsal
 from hostupdate.handover.hook import Hook
+from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import ParkedRecords
+from hostupdate.handover.recovery import recover
 from hostupdate.handover.saving import Saving
 from hostupdate.host import processes, ram_backing
 from hostupdate.host.memory import SAMPLE_PAGES
-from hostupdate.host.security import security_drivers
 from hostupdate.model import LocatedGuest
 from hostupdate.parked import ParkedRecord
 
 #: What starts or ends a QEMU: libvirt's own time-outs for both are 30 s.
 _LIFE_NS = 40_000_000_000
+#: For a daemon to have read its configuration anew.
+_RELOAD_NS = 5_000_000_000
 
 
 def parking_host(settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str) -> Host:
@@ -61,7 +65,7 @@ class HandoverHand:
         self, host: Host, config: Config, hypervisor: Hypervisor, program: str, verify_ram: str
     ) -> None:
         self._host = host
-        self._way = Saving(host)
+        self._way = Saving(host) if config.handover.way == "save" else OwnSaving(host)
         self._hypervisor = hypervisor
         self._timeout_ns = config.deadlines.libvirt_ns
         self._program = program
@@ -83,18 +87,17 @@ class HandoverHand:
                 )
 
     def drop_kept(self) -> None:
-        running = {processes.program(pid) for pid in processes.all_qemus()}
-        for _, build in self._kept.values():
-            if not any(program.startswith(f"{build.directory}/") for program in running):
-                builds.remove(build)
+        _remove_idle(self._builds)
 
     def warm(self, uuids: Sequence[str]) -> None:
-        for uuid in uuids:
-            capabilities.warm(self._hypervisor, uuid, self._target(uuid), _LIFE_NS)
+        wanted = {
+            (self._target(uuid), "<domain type='kvm'" in self._hypervisor.xml(uuid))
+            for uuid in uuids
+        }
+        for target, kvm in sorted(wanted):
+            capabilities.warm(self._hypervisor, Path(target), _LIFE_NS, kvm=kvm)
 
-    def rehearse(
-        self, uuid: str, mark: Callable[[bool], None]
-    ) -> tuple[str, int | None, str]:
+    def rehearse(self, uuid: str, mark: Callable[[bool], None]) -> tuple[str, int | None, str]:
         pid = find_pid(uuid)
         facts = self._way.facts(uuid)
         if pid is None:
@@ -114,12 +117,12 @@ class HandoverHand:
     def prepare(self, uuid: str) -> ParkedRecord:
         self._host.hook.install()
         if not self._host.domains.hook_is_called(uuid):
-            raise GuestError(
-                self._way.facts(uuid).name,
-                "libvirt does not call our hook yet: it looks for hooks when it starts",
-                remedy="systemctl reload libvirtd (or virtqemud), which touches no guest; "
-                "then apply again",
-            )
+            processes.reload_libvirt()
+            deadline_ns = time.monotonic_ns() + _RELOAD_NS
+            while time.monotonic_ns() < deadline_ns:
+                if self._host.domains.hook_is_called(uuid):
+                    break
+                time.sleep(0.05)
         return self._way.prepare(uuid)
 
     def park(self, record: ParkedRecord) -> ParkedRecord:
@@ -171,7 +174,7 @@ def eligibility(
     """Of each running guest, by uuid. A guest that cannot be asked is left out."""
     found = {}
     embedded = embedded_root(hypervisor.uri) is not None
-    drivers = security_drivers()
+    drivers = ram_backing.security_drivers()
     for located in guests:
         uuid, place = located.guest.uuid, located.place
         if place is None:
@@ -201,3 +204,55 @@ def _mark(program: str) -> str:
     status = os.stat(program)
     text = f"{status.st_dev} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def bring_back(
+    settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str
+) -> tuple[dict[str, str], list[str]]:
+    """Recovers every guest that has a parked record: problems by guest, and those that run."""
+    host = parking_host(settings, config, hypervisor, run_id)
+    problems: dict[str, str] = {}
+    running = []
+    for uuid in host.records.uuids():
+        name = uuid
+        try:
+            record = host.records.read(uuid)
+            if record is None:
+                continue
+            name = record.name
+            recover(host, record)
+            running.append(name)
+        except HostUpdateError as first:
+            try:
+                again = host.records.read(uuid)
+                kept = _kept(config, again.old_emulator) if again is not None else None
+                if again is None or kept is None:
+                    raise first
+                recover(host, again, str(kept.wrapper))
+                running.append(name)
+            except HostUpdateError as error:
+                problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
+    if not problems:
+        _remove_idle(Path(config.paths.builds))
+    return problems, running
+
+
+def end_rehearsal(hypervisor: Hypervisor, uuid: str) -> None:
+    """The guest of a rehearsal that was interrupted runs."""
+    rehearsal.recover(GuestCommand(hypervisor, uuid, _LIFE_NS))
+
+
+def _kept(config: Config, emulator: str) -> builds.Build | None:
+    """What was kept of a QEMU; the newest where there is more than one."""
+    found = Path(config.paths.builds).glob(f"{Path(emulator).name}-*/qemu")
+    wrappers = sorted(found, key=lambda path: path.stat().st_mtime_ns)
+    return builds.Build(wrappers[-1].parent) if wrappers else None
+
+
+def _remove_idle(directory: Path) -> None:
+    """Builds under which no guest runs."""
+    running = {processes.program(pid) for pid in processes.all_qemus()}
+    for wrapper in directory.glob("*/qemu"):
+        build = builds.Build(wrapper.parent)
+        if not any(program.startswith(f"{build.directory}/") for program in running):
+            builds.remove(build)

@@ -35,6 +35,7 @@ from hostupdate.errors import DeadlineError, HostUpdateError, HypervisorError, I
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.agent import Agents
 from hostupdate.guests.links import Links
+from hostupdate.handover.records import ParkedRecords
 from hostupdate.host import processes
 from hostupdate.host.cgroups import Cgroups
 from hostupdate.host.guard import Guard
@@ -93,6 +94,8 @@ class _Recovery:
         self._result = Recovered(problems={})
         self._unwind: Unwind | None = None
         self._warnings: list[str] = []
+        self._told: list[str] = []
+        self._parked = False  #: some guest is, still
         self.report: Report | None = None
 
     @property
@@ -106,6 +109,7 @@ class _Recovery:
         if record.guests:
             self._result = recover(record, _hands(record, self._libvirt), record.libvirt_timeout_ns)
         self._warnings += self._result.warnings
+        self._unpark()
         faults.point("resume.guests-run")
         try:
             run = self._journal.reopen(record)
@@ -119,6 +123,39 @@ class _Recovery:
             self._without_journal(error)
         finally:
             run.close()
+
+    def _unpark(self) -> None:
+        """Guests that are parked, or were being handed over, run again."""
+        records = ParkedRecords(self._settings.state)
+        if not (records.uuids() or self._record.rehearsing):
+            return
+        from hostupdate.cli.handing_over import bring_back, end_rehearsal
+
+        problems: dict[str, str] = {}
+        told: list[str] = []
+        try:
+            hypervisor = self._libvirt()
+            if self._record.rehearsing:
+                end_rehearsal(hypervisor, self._record.rehearsing)
+            config = self._config()
+            problems, told = bring_back(self._settings, config, hypervisor, self._record.run_id)
+        except HostUpdateError as error:
+            problems = {"(all that are parked)": str(error)}
+        self._told += told
+        self._result = Recovered(
+            problems=self._result.problems | problems,
+            unfinished=self._result.unfinished,
+            warnings=self._result.warnings,
+        )
+        self._parked = bool(problems)
+
+    def _config(self) -> Config:
+        """The update may have broken it."""
+        try:
+            return self._settings.load_config()
+        except InputError as error:
+            self._warnings.append(f"the default configuration is used: {error}")
+            return Config()
 
     def _finish(self, run: RunJournal) -> None:
         record = self._record
@@ -147,8 +184,9 @@ class _Recovery:
         if self.report is not None:
             report = self.report
             self._attempt("the report is not kept", lambda: run.save_report(report))
-        if self._result.unfinished or held:  # the others run: their owners may pause them again
-            left = msgspec.structs.replace(record, guests=self._result.unfinished)
+        # The others run: their owners may pause them again.
+        if self._result.unfinished or held or self._parked:
+            left = msgspec.structs.replace(record, guests=self._result.unfinished, rehearsing="")
             self._attempt("pending record", lambda: run.pend(left))
         else:
             self._attempt("journal", run.end)
@@ -160,7 +198,7 @@ class _Recovery:
         if not isinstance(error, InputError):
             return  # once there is room again, or whatever it lacks, the rest can be done
         self._warnings.append(f"moved away as {self._journal.set_aside()}")
-        if not self._result.unfinished and not held:
+        if not (self._result.unfinished or held or self._parked):
             self._journal.drop_pending()
 
     def _let_go(self) -> bool:
@@ -181,13 +219,13 @@ class _Recovery:
     def _correct_clocks(self) -> None:
         """The guests run; now their clocks. What cannot be done is in the report."""
         report = self.report
-        if report is None or not self._record.guests:
+        paused = [guest.uuid for guest in self._record.guests]
+        paused += (
+            [guest.uuid for guest in report.guests if guest.name in self._told] if report else []
+        )
+        if report is None or not paused:
             return
-        try:
-            config = self._settings.load_config()
-        except InputError as error:  # the update may have broken it
-            report.reasons.append(f"clocks are set by the default configuration: {error}")
-            config = Config()
+        config = self._config()
         try:
             hypervisor = self._libvirt()
         except (HypervisorError, DeadlineError) as error:
@@ -197,7 +235,7 @@ class _Recovery:
             HostClock(), Clocks(Agents(hypervisor), config.clock), Links(hypervisor)
         )
         guests = {guest.uuid: guest for guest in report.guests}
-        clocks = GuestClocks([g.uuid for g in self._record.guests], config, hands, guests)
+        clocks = GuestClocks(paused, config, hands, guests)
         clocks.recall(self._record)
         report.reasons += [text for text, _wrong in clocks.correct()]
         stepped = clocks.conclude_host()
@@ -213,6 +251,7 @@ class _Recovery:
         for warning in self._warnings:
             console.print(f"[yellow]warning:[/] {escape(warning)}")
         running = [g.name for g in self._record.guests if g.name not in result.problems]
+        running += [name for name in self._told if name not in result.problems]
         if running:
             console.print(f"run {run_id}: these guests run again: {escape(', '.join(running))}")
         if unwind is not None:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from hostupdate.engine.ports import Hands, HandoverPort, KeeperPort
+from hostupdate.engine.ports import HandoverPort, Hands, KeeperPort
 from hostupdate.errors import CoreError, GuestError, HostUpdateError
 from hostupdate.model import Action, GuestReport, Impact, Plan
 from hostupdate.parked import ParkedRecord, ParkedState

@@ -110,6 +110,15 @@ class Hypervisor:
                 found.append(guest)
         return sorted(found, key=lambda guest: guest.name)
 
+    def xml(self, uuid: str) -> str:
+        """The live definition of a guest."""
+        return str(
+            self._call(
+                "describe a guest",
+                lambda: self._connection.lookupByUUIDString(uuid).XMLDesc(),
+            )
+        )
+
     def version(self) -> str:
         """libvirt's version, as major.minor.release."""
         number = self._call("version", lambda: self._connection.getLibVersion())

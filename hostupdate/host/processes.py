@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import ESRCH
 from itertools import pairwise
@@ -53,6 +54,33 @@ def find_qemus(uuids: Iterable[str]) -> dict[str, QemuProcess]:
             pid=process.pid, started=int(stat[_STARTTIME]), program=arguments[0]
         )
     return found
+
+
+def all_qemus() -> list[int]:
+    """Every process that runs a guest of libvirt's."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if "-uuid" in (process.info["cmdline"] or ())
+    ]
+
+
+def reload_libvirt() -> None:
+    """Has libvirt's daemons read their configuration anew, hooks included; no guest is touched
+    (libvirtd(8), SIGNALS)."""
+    for process in psutil.process_iter(["name", "uids"]):
+        ours = process.info["uids"] is not None and process.info["uids"].real == os.geteuid()
+        if process.info["name"] in ("libvirtd", "virtqemud") and ours:
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGHUP)
+
+
+def command_line(pid: int) -> list[str]:
+    """A process's arguments. GuestError where it is gone."""
+    try:
+        return list(psutil.Process(pid).cmdline())
+    except psutil.NoSuchProcess as error:
+        raise GuestError(str(pid), "its process is gone") from error
 
 
 def is_same(pid: int, started: int) -> bool:

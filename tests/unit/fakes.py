@@ -404,6 +404,7 @@ def hands_of(fake: FakeHands, guests: Sequence[LocatedGuest], *, cgroups: bool =
         steps=fake,
         journal=FakeJournal(fake.world),
         guard=FakeGuard(fake.world),
+        handover=None,
         progress=fake,
         interrupts=fake,
         resume_by_monitor=fake.resume_by_monitor,

@@ -1,0 +1,227 @@
+"""Guests come under another QEMU by ``hostupdate apply``, under a libvirtd of the test's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostupdate.handover import builds
+from hostupdate.handover.builds import Build
+from hostupdate.lab import console
+from tests.functional.cli import Ended, Lab, Program
+from tests.functional.conftest import make_cache
+from tests.functional.daemon import DaemonLab
+from tests.functional.handover import pid_of
+from tests.requirements import need
+
+SYSTEM = Path("/usr/bin/qemu-system-x86_64")
+Apply = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[DaemonLab]:
+    need("root", "qemu", "libvirt", "lab", "cgroup2")
+    base = Path(tempfile.mkdtemp(prefix="hu-h-", dir="/var/tmp"))
+    base.chmod(0o755)
+    ram = base / "ram"
+    ram.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", str(ram)], check=True)
+    (base / "state").mkdir(mode=0o700)
+    lab = DaemonLab(base, make_cache(base / "state"), guests=2, ram=ram)
+    (base / "hostupdate.toml").write_text(
+        f'[paths]\nlibvirt-hooks = "{base}/etc/hooks"\nlibvirt-saves = "{base}/lib/qemu/save"\n'
+        f'builds = "{base}/builds"\n[clock]\ntrust-host = true\n'
+    )
+    yield lab
+    lab.remove()
+    subprocess.run(["umount", str(ram)], check=True)
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def lab(made: DaemonLab) -> Iterator[Lab]:
+    made.daemon.ensure()
+    config = made.daemon.base / "hostupdate.toml"
+    program = Program(made.lab.run.state).with_options(
+        "--connect", made.daemon.uri, "--config", str(config)
+    )
+    found = Lab(program, made.lab.names)
+    yield found
+    status = program("status", "--json").data
+    assert status["interrupted"] is None
+    found.assert_healthy()
+    assert_nothing_left(made.daemon.base)
+
+
+def assert_nothing_left(base: Path) -> None:
+    """No record, image, link, build or mark of a handover."""
+    assert not list((base / "state/parked").glob("*"))
+    assert not list((base / "lib/qemu/save").glob("*.save"))
+    assert not [path for path in (base / "state/hook").rglob("*") if path.is_file()]
+    parked = [p for p in (base / "ram").rglob("*") if p.is_file() and p.stat().st_nlink > 1]
+    assert not parked
+
+
+@pytest.fixture
+def apply(lab: Lab, tmp_path: Path) -> Apply:
+    """Guests come under a QEMU, with steps of the update."""
+
+    def run(program: Path | str, *steps: str, options: tuple[str, ...] = ()) -> Ended:
+        path = tmp_path / "update.toml"
+        path.write_text(
+            f'[update]\nname = "qemu"\n[qemu]\nprogram = "{program}"\n' + "\n".join(steps)
+        )
+        return lab.apply(path, *options)
+
+    return run
+
+
+def versions(lab: Lab) -> set[str]:
+    """What the guests run under."""
+    found = set()
+    for guest in lab.run("guests", "--json").data["guests"]:
+        found.add(builds.version(Path(f"/proc/{guest['pid']}/exe")))
+    return found
+
+
+def seqs(lab: Lab) -> dict[str, int]:
+    return {name: console.last_tick(lab.console(name)).seq for name in lab.names}  # type: ignore[union-attr]
+
+
+def assert_no_tick_is_missing(lab: Lab, before: dict[str, int]) -> None:
+    for name, first in before.items():
+        console.wait_ticks(lab.console(name), 3, time.monotonic_ns() + 30_000_000_000)
+        numbers = [tick.seq for tick in console.ticks(lab.console(name), after_seq=first)]
+        assert numbers == list(range(first + 1, first + 1 + len(numbers)))
+
+
+def test_guests_come_under_a_newer_qemu_and_back(
+    lab: Lab, apply: Apply, newer_qemu: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = seqs(lab)
+    old = versions(lab)
+    took = []
+    for target in (newer_qemu.wrapper, SYSTEM):
+        ended = apply(target)
+        assert ended.code == 0, ended.data['reasons']
+        report = ended.data
+        assert report["impact"]["actual"] == "handover"
+        assert versions(lab) == {builds.version(target)}
+        for guest in report["guests"]:
+            assert guest["state_after"] == "running"
+            assert 0 < guest["blackout_ns"] <= report["budget_ns"]
+            assert guest["residency"]["digest_equal"] is True
+            assert guest["clock"]["problem"] == ""
+            assert any("rehearsed" in note for note in guest["notes"])
+            took.append(round(guest["blackout_ns"] / 1e6))
+    assert versions(lab) == old
+    assert_no_tick_is_missing(lab, before)
+    with capsys.disabled():
+        print(f"\n[handovers by apply: blackouts {took} ms]")
+
+
+def test_a_qemu_that_does_not_take_the_guests_is_found_out_before_any_is_parked(
+    lab: Lab, apply: Apply, tmp_path: Path
+) -> None:
+    """Its machine types are those of nobody."""
+    bad = lab.run.state.parent / "bad-qemu"
+    bad.write_text(
+        "#!/bin/sh\ncase \" $* \" in *' -incoming defer'*) exec "
+        f'{SYSTEM} -machine nonesuch ;; esac\nexec {SYSTEM} "$@"\n'
+    )
+    bad.chmod(0o755)
+    pids = {guest["name"]: guest["pid"] for guest in lab.run("guests", "--json").data["guests"]}
+    ended = apply(bad)
+    assert ended.code == 40, ended.data['reasons']
+    assert any("does not take it" in reason for reason in ended.data["reasons"])
+    after = {guest["name"]: guest["pid"] for guest in lab.run("guests", "--json").data["guests"]}
+    assert after == pids
+    bad.unlink()
+
+
+def test_a_step_that_fails_while_all_are_parked_brings_them_back(
+    lab: Lab, apply: Apply, tmp_path: Path
+) -> None:
+    """As when a module cannot be loaded."""
+    seen = tmp_path / "seen"
+    step = (
+        '[[step]]\nname = "modules"\nphase = "blackout"\ntimeout = "2s"\n'
+        f'run = ["sh", "-c", "pgrep -f guest=hu-lab > {seen}; exit 1"]\n'
+    )
+    before = seqs(lab)
+    ended = apply("", step)
+    assert ended.code == 40, ended.data['reasons']
+    assert {guest["state_after"] for guest in ended.data["guests"]} == {"running"}
+    assert_no_tick_is_missing(lab, before)
+
+
+def test_steps_that_need_every_qemu_gone(lab: Lab, apply: Apply, tmp_path: Path) -> None:
+    """All guests are parked at once."""
+    uuids = [guest["uuid"] for guest in lab.run("guests", "--json").data["guests"]]
+    script = tmp_path / "gone"
+    script.write_text(
+        "#!/bin/sh\n" + "".join(f"! pgrep -f -- '-uuid {uuid}' || exit 1\n" for uuid in uuids)
+    )
+    script.chmod(0o755)
+    step = f'[[step]]\nname = "modules"\nphase = "blackout"\ntimeout = "2s"\nrun = ["{script}"]\n'
+    ended = apply("", step)
+    assert ended.code == 0, ended.data['reasons']
+    assert ended.data["steps"][0]["exit"] == 0
+
+
+def test_what_is_not_eligible_is_refused_with_a_remedy(lab: Lab, apply: Apply) -> None:
+    """By the RAM of a guest in a directory that is written to a disk it would be, too; here the
+    budget is too small."""
+    ended = apply("", options=("--budget", "100ms"))
+    assert ended.code == 20
+    assert any("the budget is 100 ms" in reason for reason in ended.data["reasons"])
+
+
+@pytest.mark.parametrize("place", ["prepare.end", "park.end", "unpark.end", "commit.end"])
+@pytest.mark.parametrize("victims", ["run", "both"])
+def test_a_run_that_is_killed(lab: Lab, tmp_path: Path, place: str, victims: str) -> None:
+    from tests.functional.cli import keepers
+    from tests.functional.test_deadman import await_keepers
+
+    path = tmp_path / "update.toml"
+    path.write_text('[update]\nname = "qemu"\n[qemu]\n')
+    before = seqs(lab)
+    process = subprocess.Popen(
+        [*lab.run._argv, "apply", str(path), "--json", "--yes"],
+        env={**os.environ, "HOSTUPDATE_FAULT": f"{place}=stop"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while True:
+        found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert found is not None
+        if found.si_code == os.CLD_STOPPED:
+            break
+        out, _err = process.communicate()
+        raise AssertionError(json.loads(out)['reasons'])
+    if victims == "both":
+        for pid in keepers(lab):
+            os.kill(pid, signal.SIGKILL)
+    process.kill()
+    process.communicate()
+    await_keepers(lab)
+    if (lab.run.state / "pending.json").exists():
+        resumed = lab.run("resume")
+        assert resumed.code in (0, 30), (resumed.out, resumed.err)
+    for guest in lab.run("guests", "--json").data["guests"]:
+        assert pid_of(guest["uuid"]) is not None
+        assert guest["state"] == "running"
+    assert_no_tick_is_missing(lab, before)
+
+
+def report_of(lab: Lab) -> dict[str, Any]:
+    return dict(lab.run("report", "--json").data)
