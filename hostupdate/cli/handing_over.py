@@ -71,11 +71,15 @@ class HandoverHand:
         self._program = program
         self._builds = Path(config.paths.builds)
         self._sample_pages = 0 if verify_ram == "full" else SAMPLE_PAGES
-        self._kept: dict[str, tuple[str, builds.Build]] = {}  #: emulator -> its mark, its build
+        #: emulator -> its mark, and its build; None: it is a script, of a build that no package owns
+        self._kept: dict[str, tuple[str, builds.Build | None]] = {}
 
     def keep(self, uuids: Sequence[str]) -> None:
         for emulator in sorted({self._way.facts(uuid).emulator for uuid in uuids}):
             mark = _mark(emulator)
+            if not _is_binary(emulator):
+                self._kept[emulator] = mark, None
+                continue
             into = self._builds / f"{Path(emulator).name}-{mark}"
             self._builds.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._kept[emulator] = mark, builds.keep(Path(emulator), into)
@@ -149,6 +153,8 @@ class HandoverHand:
         """Under the very QEMU that it ran under: where its place has another now, the kept one."""
         mark, build = self._kept[record.old_emulator]
         if _mark(record.old_emulator) != mark:
+            if build is None:
+                raise GuestError(record.name, f"{record.old_emulator} is not what it was")
             record = msgspec.structs.replace(record, old_emulator=str(build.wrapper))
         return self._way.rollback(record)
 
@@ -197,6 +203,11 @@ def eligibility(
             continue
         found[uuid] = judge(facts)
     return found
+
+
+def _is_binary(program: str) -> bool:
+    with open(program, "rb") as file:
+        return file.read(4) == b"\x7fELF"
 
 
 def _mark(program: str) -> str:

@@ -246,11 +246,15 @@ class Run:
         self._handover.commit(action)
         if self._handover.committed and not self._committed:
             self._commit()
+        self._learn_places()
+        self._telling.release()  # no guest is parked, or they all were and run
+        self._telling.hold()
+
+    def _learn_places(self) -> None:
+        """Guests have come under other processes."""
         for located in self._hands.inventory():
             if located.place is not None:
                 self._hands.places[located.guest.uuid] = located.place
-        self._telling.release()  # no guest is parked, or they all were and run
-        self._telling.hold()
 
     def _release(self, action: Action) -> None:
         # The guests run on the updated host: what fails here must not undo that.
@@ -287,7 +291,9 @@ class Run:
     def _fail(self, error: BaseException) -> None:
         self._report.reasons.append(_words(error))
         self._attempt("letting guests run", self._pause.let_run)
-        self._attempt("letting guests run", self._handover.let_run)
+        if self._handover.began:
+            self._attempt("letting guests run", self._handover.let_run)
+            self._attempt("looking at guests", self._learn_places)
         if self._pause.began or self._handover.began:
             self._attempt("setting clocks", self._correct_clocks)
         self._end_phase()

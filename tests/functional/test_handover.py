@@ -113,7 +113,7 @@ def test_guests_come_under_a_newer_qemu_and_back(
     took = []
     for target in (newer_qemu.wrapper, SYSTEM):
         ended = apply(target)
-        assert ended.code == 0, ended.data['reasons']
+        assert ended.code == 0, ended.data["reasons"]
         report = ended.data
         assert report["impact"]["actual"] == "handover"
         assert versions(lab) == {builds.version(target)}
@@ -142,7 +142,7 @@ def test_a_qemu_that_does_not_take_the_guests_is_found_out_before_any_is_parked(
     bad.chmod(0o755)
     pids = {guest["name"]: guest["pid"] for guest in lab.run("guests", "--json").data["guests"]}
     ended = apply(bad)
-    assert ended.code == 40, ended.data['reasons']
+    assert ended.code == 40, ended.data["reasons"]
     assert any("does not take it" in reason for reason in ended.data["reasons"])
     after = {guest["name"]: guest["pid"] for guest in lab.run("guests", "--json").data["guests"]}
     assert after == pids
@@ -160,7 +160,7 @@ def test_a_step_that_fails_while_all_are_parked_brings_them_back(
     )
     before = seqs(lab)
     ended = apply("", step)
-    assert ended.code == 40, ended.data['reasons']
+    assert ended.code == 40, ended.data["reasons"]
     assert {guest["state_after"] for guest in ended.data["guests"]} == {"running"}
     assert_no_tick_is_missing(lab, before)
 
@@ -175,7 +175,7 @@ def test_steps_that_need_every_qemu_gone(lab: Lab, apply: Apply, tmp_path: Path)
     script.chmod(0o755)
     step = f'[[step]]\nname = "modules"\nphase = "blackout"\ntimeout = "2s"\nrun = ["{script}"]\n'
     ended = apply("", step)
-    assert ended.code == 0, ended.data['reasons']
+    assert ended.code == 0, ended.data["reasons"]
     assert ended.data["steps"][0]["exit"] == 0
 
 
@@ -207,7 +207,7 @@ def test_a_run_that_is_killed(lab: Lab, tmp_path: Path, place: str, victims: str
         if found.si_code == os.CLD_STOPPED:
             break
         out, _err = process.communicate()
-        raise AssertionError(json.loads(out)['reasons'])
+        raise AssertionError(json.loads(out)["reasons"])
     if victims == "both":
         for pid in keepers(lab):
             os.kill(pid, signal.SIGKILL)
