@@ -83,8 +83,9 @@ class Throwaway:
         CLOCK_MONOTONIC. The vCPUs do not run."""
         self._timeout_ns = max(0, deadline_ns - time.monotonic_ns())
         self._deadline_ns = deadline_ns
-        if self._process is not None:  # a guest stands still for it
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, 0)
+        if self._process is not None:
+            with suppress(OSError):  # a guest stands still for it
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, 0)
         self._execute("migrate-incoming", uri=f"fd:{self._state_read}")
         threading.Thread(target=self._feed, args=(state,), daemon=True).start()
         while (status := self._execute("query-migrate").get("status")) != "completed":
