@@ -178,6 +178,7 @@ def _make(into: Path, fill: Callable[[Path], _Parts]) -> Build:
         if not parts.data:
             parts = replace(parts, data=_unpacked_data(parts, build.directory))
         (parts.binary.parent / "qemu-bundle").mkdir()
+        _open_to_others(build.directory)
         draft = build.directory / f".{_WRAPPER}"
         draft.write_text(_wrapper(parts))
         draft.chmod(0o755)
@@ -260,6 +261,12 @@ def _missing(parts: _Parts) -> list[str]:
         argv = [*parts.start[:-1], "--list", str(parts.binary)]
     said = _run(argv, LOOK_NS, environment=parts.environment, check=False)
     return list(dict.fromkeys(a or b for a, b in _MISSING.findall(said)))
+
+
+def _open_to_others(directory: Path) -> None:
+    """Whatever our umask is, guests' users pass."""
+    for place, _, _ in os.walk(directory):
+        os.chmod(place, 0o755)
 
 
 def _take(source: Path, target: Path) -> None:

@@ -1,8 +1,10 @@
 """Would the new QEMU take this guest? Tried before anything is at stake.
 
-The guest is stopped for the moment that its device state takes (x-ignore-shared leaves its RAM
-out), and runs on. That state is then loaded by a throw-away new QEMU over a private copy of the
-RAM, page by page where it writes (handover.md section 1: 11 ms).
+The guest is stopped, its device state is taken (x-ignore-shared leaves its RAM out) and loaded by
+a throw-away new QEMU that waits for it, over a private copy of the RAM, page by page where it
+writes; then the guest runs on. It must not run before: a page that is not copied yet is the
+guest's own, and a virtqueue's indices in RAM would be ahead of those in the state
+(virtio_load: "VQ 0 size 0x100 < last_avail_idx 0x0 - used_idx 0x1").
 
 x-ignore-shared is switched off again whatever happens: libvirt does not know of it, and the
 owner's next save would have no RAM in it.
@@ -26,8 +28,8 @@ from hostupdate.handover.harmless import harmless
 from hostupdate.handover.inquiry import Command
 from hostupdate.handover.throwaway import Throwaway
 
-#: How long a guest may stay stopped for its state; more and it is let run without.
-PAUSE_NS = 2_000_000_000
+#: How long a guest may stay stopped; then it is let run without a rehearsal.
+PAUSE_NS = 1_000_000_000
 #: For the new QEMU, from its start to its end.
 LOAD_NS = 120_000_000_000
 _CANCEL_NS = 5_000_000_000
@@ -84,16 +86,14 @@ def rehearse(
         inquiry.disks(command),
         read_only_ram=_opens_read_only(program),
     )
-    paused_ns: int | None = None
     try:
         with Throwaway(program, arguments, scratch, load_ns) as throwaway:
-            state, paused_ns = _take(command, pause_ns, mark)
-            throwaway.load(state)
+            paused_ns, reason = _with_guest_stopped(command, throwaway.load, pause_ns, mark)
     except _GuestProblem as problem:
         raise problem.error from problem
     except (HypervisorError, DeadlineError) as error:
-        return Rehearsed(ok=False, reason=str(error), paused_ns=paused_ns, new_version=version)
-    return Rehearsed(ok=True, reason="", paused_ns=paused_ns, new_version=version)
+        return Rehearsed(ok=False, reason=str(error), paused_ns=None, new_version=version)
+    return Rehearsed(ok=not reason, reason=reason, paused_ns=paused_ns, new_version=version)
 
 
 def recover(command: Command) -> None:
@@ -116,15 +116,21 @@ class _GuestProblem(Exception):
         self.error = error
 
 
-def _take(command: Command, pause_ns: int, mark: Callable[[bool], None]) -> tuple[bytes, int]:
-    """The guest's device state, and how long it was stopped for it."""
+#: Loads a state until an instant of CLOCK_MONOTONIC, ns.
+_Load = Callable[[bytes, int], None]
+
+
+def _with_guest_stopped(
+    command: Command, load: _Load, pause_ns: int, mark: Callable[[bool], None]
+) -> tuple[int, str]:
+    """How long the guest was stopped, and why its state was not loaded; empty: it was."""
     try:
         if not command("query-status", {})["running"]:
             raise RefusedError(["it does not run"], remedy="resume it, or shut it down")
         mark(True)
         try:
             _ignore_shared(command, True)
-            return _stop_and_save(command, pause_ns)
+            return _stop_and_load(command, load, pause_ns)
         finally:
             recover(command)
             mark(False)
@@ -132,7 +138,7 @@ def _take(command: Command, pause_ns: int, mark: Callable[[bool], None]) -> tupl
         raise _GuestProblem(error) from error
 
 
-def _stop_and_save(command: Command, pause_ns: int) -> tuple[bytes, int]:
+def _stop_and_load(command: Command, load: _Load, pause_ns: int) -> tuple[int, str]:
     read, write = os.pipe()
     try:
         command("getfd", {"fdname": _FD_NAME}, fd=write)
@@ -142,19 +148,24 @@ def _stop_and_save(command: Command, pause_ns: int) -> tuple[bytes, int]:
     finally:
         os.close(write)
     reader = _Reader(read)
+    reason = ""
     before_ns = time.monotonic_ns()
     try:
         command("stop", {})
         command("migrate", {"uri": f"fd:{_FD_NAME}"})
         _wait(command, before_ns + pause_ns, pause_ns)
+        state = reader.result()
+        try:
+            load(state, before_ns + pause_ns)
+        except (HypervisorError, DeadlineError) as error:
+            reason = str(error)
+        command("cont", {})
+        return time.monotonic_ns() - before_ns, reason
     except (HypervisorError, DeadlineError):
         reader.stop()
-        raise
-    finally:
         _settle(command)
         _let_run(command)
-        after_ns = time.monotonic_ns()
-    return reader.result(), after_ns - before_ns
+        raise
 
 
 def _wait(command: Command, deadline_ns: int, timeout_ns: int) -> None:

@@ -1,12 +1,14 @@
 """A QEMU that lives for one rehearsal: it loads a guest's state, is looked at, and is killed.
 
-It dies with us (PR_SET_PDEATHSIG), has a network of its own with nothing in it, low priority, no
-path of the guest but its RAM file and what it boots from, and is spoken to through a descriptor.
+It dies with us (PR_SET_PDEATHSIG), has a network of its own with nothing in it, low priority while
+the guest runs, no path of the guest but its RAM file and what it boots from, and is spoken to
+through a descriptor.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -30,18 +32,21 @@ T = TypeVar("T")
 
 _AROUND = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "nice", "-n", "19")
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-_POLL_S = 0.01
-_LAST_WORDS_S = 5.0
+_POLL_S = 0.002
+_LAST_WORDS_S = 0.5
 #: ``2026-01-01T00:00:00.000000Z qemu-system-x86_64: -device x: ``: who says it is known.
 _PREFIX = re.compile(r"^(?:\d{4}-\d\d-\d\dT\S+ )?(?:\S*qemu\S*: )?")
 _LINES = 4
+
+# That the QEMU ends is an outcome here, and told as such.
+logging.getLogger("qemu.qmp.protocol.rehearsal").disabled = True
 
 
 class Throwaway:
     """A context: on leaving it the QEMU is gone and its directory removed, whatever happened.
 
-    Every method raises HypervisorError with QEMU's own words where it fails or ends, and
-    DeadlineError ``timeout_ns`` after the start.
+    It is ready to load when entered. Raises HypervisorError with QEMU's own words where it fails
+    or ends, and DeadlineError ``timeout_ns`` after the start.
     """
 
     def __init__(
@@ -73,10 +78,14 @@ class Throwaway:
     ) -> None:
         self._end()
 
-    def load(self, state: bytes) -> None:
-        """Loads a guest's state that was taken with x-ignore-shared. The vCPUs do not run."""
-        capability = {"capability": "x-ignore-shared", "state": True}
-        self._execute("migrate-set-capabilities", capabilities=[capability])
+    def load(self, state: bytes, deadline_ns: int) -> None:
+        """Loads a guest's state that was taken with x-ignore-shared, until an instant of
+        CLOCK_MONOTONIC. The vCPUs do not run."""
+        self._timeout_ns = max(0, deadline_ns - time.monotonic_ns())
+        self._deadline_ns = deadline_ns
+        if self._process is not None:
+            with suppress(OSError):  # a guest stands still for it
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, 0)
         self._execute("migrate-incoming", uri=f"fd:{self._state_read}")
         threading.Thread(target=self._feed, args=(state,), daemon=True).start()
         while (status := self._execute("query-migrate").get("status")) != "completed":
@@ -108,6 +117,8 @@ class Throwaway:
             )
             theirs.close()  # or its end would not be seen
             self._run(self._client.connect(ours.dup()))
+        capability = {"capability": "x-ignore-shared", "state": True}
+        self._execute("migrate-set-capabilities", capabilities=[capability])
 
     def _execute(self, name: str, **arguments: Any) -> Any:
         return self._run(self._client.execute(name, arguments or None))
@@ -127,7 +138,7 @@ class Throwaway:
             raise HypervisorError(str(error)) from error
         except (QMPError, OSError, EOFError) as error:
             self._reap()
-            raise HypervisorError(self._said() or f"it ended: {error}") from error
+            raise HypervisorError(self._said() or self._fate() or str(error)) from error
 
     def _feed(self, state: bytes) -> None:
         """QEMU may end before it has read all."""
@@ -143,6 +154,11 @@ class Throwaway:
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_LAST_WORDS_S)
+
+    def _fate(self) -> str:
+        """SIGBUS: no huge page was left for a private copy of one."""
+        code = self._process.poll() if self._process is not None else None
+        return f"it died of {signal.Signals(-code).name}" if code is not None and code < 0 else ""
 
     def _said(self) -> str:
         """QEMU's complaints, without its name and warnings."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,9 +40,14 @@ def devices(directory: Path) -> list[str]:
     """What libvirt wrote for a guest with much in it: disks, taps, screen, serial, USB, sound."""
     for name, size in {"a.raw": 32 << 20, "b.raw": 16 << 20}.items():
         with (directory / name).open("wb") as file:
+            file.write(_BOOT_SECTOR)
             file.truncate(size)
     return [word % {"directory": directory} for word in _DEVICES]
 
+
+#: Reads its own sector again and again: mov ax, 0x201; mov cx, 1; mov dx, 0x80; int 0x13; jmp.
+_BOOT_SECTOR = bytes.fromhex("31c08ed88ec0bb007eb80102b90100ba8000cd13ebf0").ljust(510, b"\0")
+_BOOT_SECTOR += b"\x55\xaa"
 
 _DEVICES = [
     *("-object", '{"qom-type":"secret","id":"masterKey0","format":"raw","data":"c2VjcmV0"}'),
@@ -151,6 +157,18 @@ class BareGuest:
     @property
     def running(self) -> bool:
         return bool(self("query-status", {})["running"])
+
+    def wait_for_reads(self, count: int) -> None:
+        """Until so many more sectors were read from the first disk."""
+        wanted = self._reads() + count
+        deadline_ns = time.monotonic_ns() + _TIMEOUT_S * 1_000_000_000
+        while self._reads() < wanted:
+            assert time.monotonic_ns() < deadline_ns, "the guest does not read its disk"
+            time.sleep(0.01)
+
+    def _reads(self) -> int:
+        (disk,) = (d for d in self("query-blockstats", {}) if "virtio-disk0" in d.get("qdev", ""))
+        return int(disk["stats"]["rd_operations"])
 
     @property
     def ignores_shared(self) -> bool:

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from hostupdate.errors import PrerequisiteError
 from hostupdate.handover import builds
 from hostupdate.handover.builds import Build
-from tests.requirements import need
+from tests.requirements import NOBODY, need
 
 #: A QEMU reads its firmware, and of its modules all that hold a device, and ends.
 _DEVICES = ("-device", "help")
@@ -58,6 +59,22 @@ def test_a_kept_qemu_needs_nothing_of_its_package(tmp_path: Path) -> None:
     assert any(f"{tmp_path}/old/data" in line and "bios" in line for line in opened)
     assert any(f"{tmp_path}/old/modules" in line and "qxl" in line for line in opened)
     assert not [line for line in opened if '"/usr' in line and "qemu" in line]
+
+
+def test_other_users_run_it_whatever_our_umask_is() -> None:
+    """pytest's own directories are closed to them."""
+    need("root", "nobody")
+    with TemporaryDirectory(dir="/var/tmp") as name:
+        Path(name).chmod(0o755)
+        before = os.umask(0o077)
+        try:
+            build = builds.keep(system_qemu(), Path(name) / "old")
+        finally:
+            os.umask(before)
+        argv = [*NOBODY, str(build.wrapper), *_DEVICES]
+        ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 0 and "virtio-net-pci" in ended.stdout, ended.stderr
+        assert builds.closed_to_others(build.wrapper) is None
 
 
 def test_a_newer_qemu_runs_beside_the_old_one(newer_qemu: Build) -> None:

@@ -15,6 +15,7 @@ from hostupdate.errors import DeadlineError, HypervisorError, RefusedError
 from hostupdate.handover import builds, inquiry, rehearsal
 from hostupdate.handover.builds import Build
 from hostupdate.handover.rehearsal import Rehearsed
+from hostupdate.handover.throwaway import Throwaway
 from tests.functional.bare import RAM_BYTES, BareGuest, devices, machine, same_pages
 from tests.requirements import need
 
@@ -73,20 +74,36 @@ def test_a_guest_with_much_in_it_is_taken_by_newer_qemus(
             assert guest.running
 
 
-def test_ram_is_the_same_before_and_after(ram: Path, tmp_path: Path, old_qemu: Build) -> None:
+def test_a_guest_that_is_busy_with_its_disk_is_taken(
+    ram: Path, tmp_path: Path, old_qemu: Build, newer_qemu: Build
+) -> None:
+    """Its virtqueue moves on all the time: state and RAM must be of one moment."""
+    with BareGuest(old_qemu.wrapper, [*machine(ram), *devices(tmp_path)]) as guest:
+        guest.wait_for_reads(100)
+        for build in (old_qemu, newer_qemu) * 3:
+            told = rehearse(guest, build, tmp_path)
+            assert told.ok, told.reason
+            guest.wait_for_reads(20)
+
+
+def test_ram_is_the_same_before_and_after(
+    ram: Path, tmp_path: Path, old_qemu: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under a QEMU that opens it for writing: the copy is private all the same."""
     pages = []
+    load = Throwaway.load
 
-    with BareGuest(old_qemu.wrapper, machine(ram)) as guest:
+    def looked_at(self: Throwaway, state: bytes, deadline_ns: int) -> None:
+        pages.append(same_pages(ram))
+        load(self, state, deadline_ns)
+        pages.append(same_pages(ram))
 
-        def mark(rehearsing: bool) -> None:
-            if not rehearsing:  # its state is taken and not loaded yet
-                guest("stop", {})
-                pages.append(same_pages(ram))
-
-        told = rehearsal.rehearse(guest, guest.command_line, old_qemu.wrapper, tmp_path, mark=mark)
-        assert told.ok and len(pages[0].strip(b"\0")) > 4096
-        assert same_pages(ram) == pages[0]
+    monkeypatch.setattr(Throwaway, "load", looked_at)
+    with BareGuest(old_qemu.wrapper, [*machine(ram), *devices(tmp_path)]) as guest:
+        guest.wait_for_reads(100)
+        assert rehearse(guest, old_qemu, tmp_path).ok
+        before, after = pages
+        assert before == after and len(before.strip(b"\0")) > 4096
         assert ram.stat().st_size == RAM_BYTES
 
 
@@ -225,6 +242,17 @@ def test_a_qemu_that_hangs_is_given_up_and_gone(ram: Path, tmp_path: Path, old_q
         assert not told.ok and "no answer within" in told.reason and told.paused_ns is None
         names = [child.name() for child in psutil.Process().children(recursive=True)]
         assert "sleep" not in names and guest.running
+
+
+def test_a_load_that_hangs_holds_the_guest_no_longer_than_it_may(
+    ram: Path, tmp_path: Path, old_qemu: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Throwaway, "_feed", lambda self, state: None)
+    with BareGuest(old_qemu.wrapper, machine(ram)) as guest:
+        told = rehearse(guest, old_qemu, tmp_path)
+        assert not told.ok and "no answer within" in told.reason
+        assert told.paused_ns is not None and told.paused_ns >= rehearsal.PAUSE_NS
+        assert guest.running
 
 
 def test_disks_are_told_by_device_and_by_node(ram: Path, tmp_path: Path, old_qemu: Build) -> None:

@@ -3,15 +3,14 @@ rehearsal was killed."""
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import UUID, uuid4
 
 import psutil
@@ -19,7 +18,8 @@ import pytest
 
 from hostupdate.core import ram as core_ram
 from hostupdate.eligibility import HandoverFacts, judge
-from hostupdate.guests import Hypervisor
+from hostupdate.errors import HypervisorError
+from hostupdate.guests import Hypervisor, capabilities
 from hostupdate.guests.command import GuestCommand
 from hostupdate.handover import builds, inquiry, rehearsal
 from hostupdate.handover.builds import Build
@@ -74,6 +74,7 @@ class Filed:
             image=self.image,
             acceleration=self.acceleration,
             console=self.log,
+            witness=domain.Witness(rate_ms=50),
         )
         old = f"<emulator>{self.acceleration.emulator}</emulator>"
         assert old in text
@@ -111,11 +112,12 @@ class Filed:
             block_jobs=inquiry.block_jobs(self.command),
         )
 
-    def assert_well(self) -> None:
-        """It ticks, its memory is whole, x-ignore-shared is off, and libvirt knows that it runs."""
+    def assert_well(self, passes: int = 0) -> None:
+        """It ticks, its memory is whole, x-ignore-shared is off, and libvirt knows that it runs.
+        ``passes``: its memory was looked through from end to end so many times since."""
         deadline_ns = time.monotonic_ns() + _READY_NS
-        passes = console.wait_ticks(self.log, 1, deadline_ns)[-1].passes
-        while (tick := console.wait_ticks(self.log, 1, deadline_ns)[-1]).passes < passes + 2:
+        wanted = console.wait_ticks(self.log, 1, deadline_ns)[-1].passes + passes
+        while (tick := console.wait_ticks(self.log, 1, deadline_ns)[-1]).passes < wanted:
             assert tick.bad == 0
         assert tick.bad == 0
         assert not self.ignores_shared
@@ -130,8 +132,14 @@ class Filed:
 @pytest.fixture(scope="module")
 def filed() -> Iterator[Filed]:
     need("root", "qemu", "libvirt", "lab")
-    base = Path(tempfile.mkdtemp(prefix="hu-", dir="/var/tmp"))
-    room = Path(tempfile.mkdtemp(prefix="hu-", dir="/dev/shm"))
+    with (
+        TemporaryDirectory(prefix="hu-", dir="/var/tmp") as base,
+        TemporaryDirectory(prefix="hu-", dir="/dev/shm") as room,
+    ):
+        yield from _filed(Path(base), Path(room))
+
+
+def _filed(base: Path, room: Path) -> Iterator[Filed]:
     (base / "state").mkdir()
     cache = make_cache(base / "state")
     built = image.build(cache)
@@ -140,25 +148,25 @@ def filed() -> Iterator[Filed]:
     made = Filed(base, room, daemon, built, acceleration)
     conf = base / "etc/qemu.conf"
     conf.write_text(remedy_changes(made.xml(), conf.read_text(), str(room))[1])
+    daemon.ensure()
     try:
-        daemon.ensure()
         made.hypervisor = Hypervisor(daemon.uri, timeout_ns=_CALL_NS)
         yield made
+        if find_qemus([str(made.uuid)]):
+            made.assert_well(passes=2)  # a whole one lies after all that was done to it
         made.end()
         made.hypervisor.close()
     finally:
         daemon.end()
-        shutil.rmtree(base)
-        shutil.rmtree(room)
 
 
 @pytest.fixture
 def guest(filed: Filed) -> Iterator[Filed]:
     """Running under the installed QEMU with its RAM in a file; well afterwards."""
-    filed.start(remedy_changes(filed.xml(), "", str(filed.room))[0])
+    if not find_qemus([str(filed.uuid)]):
+        filed.start(remedy_changes(filed.xml(), "", str(filed.room))[0])
     yield filed
     filed.assert_well()
-    filed.end()
 
 
 def test_the_remedy_makes_a_guest_eligible_at_its_next_start(filed: Filed) -> None:
@@ -174,23 +182,12 @@ def test_the_remedy_makes_a_guest_eligible_at_its_next_start(filed: Filed) -> No
     filed.end()
 
 
-def test_a_newer_qemu_takes_the_guest(guest: Filed, newer_qemu: Build, tmp_path: Path) -> None:
-    pid = guest.pid
-    before = console.wait_ticks(guest.log, 1, time.monotonic_ns() + _READY_NS)[-1]
-    marks: list[bool] = []
-    told = rehearsal.rehearse(
-        guest.command, guest.command_line, newer_qemu.wrapper, tmp_path, mark=marks.append
-    )
-    assert told.ok, told.reason
-    assert marks == [True, False] and told.paused_ns
-    after = console.wait_ticks(guest.log, 1, time.monotonic_ns() + _READY_NS)[-1]
-    assert after.seq > before.seq and guest.pid == pid
-    (main,) = (m for m in core_ram.mappings(pid) if m.length_bytes == _MEMORY)
-    assert main.shared
-
-
 def test_libvirt_runs_guests_by_a_wrapper(filed: Filed, newer_qemu: Build, tmp_path: Path) -> None:
     """And the way back to the installed QEMU is found closed before anybody goes it."""
+    kvm = filed.acceleration.kind == "kvm"
+    capabilities.warm(filed.hypervisor, newer_qemu.wrapper, _READY_NS, kvm=kvm)
+    with pytest.raises(HypervisorError):
+        capabilities.warm(filed.hypervisor, Path("/bin/true"), _READY_NS, kvm=kvm)
     newer = remedy_changes(filed.xml(newer_qemu.wrapper), "", str(filed.room))[0]
     filed.start(newer)
     try:
@@ -204,6 +201,21 @@ def test_libvirt_runs_guests_by_a_wrapper(filed: Filed, newer_qemu: Build, tmp_p
         filed.assert_well()
     finally:
         filed.end()
+
+
+def test_a_newer_qemu_takes_the_guest(guest: Filed, newer_qemu: Build, tmp_path: Path) -> None:
+    pid = guest.pid
+    before = console.wait_ticks(guest.log, 1, time.monotonic_ns() + _READY_NS)[-1]
+    marks: list[bool] = []
+    told = rehearsal.rehearse(
+        guest.command, guest.command_line, newer_qemu.wrapper, tmp_path, mark=marks.append
+    )
+    assert told.ok, told.reason
+    assert marks == [True, False] and told.paused_ns
+    after = console.wait_ticks(guest.log, 1, time.monotonic_ns() + _READY_NS)[-1]
+    assert after.seq > before.seq and guest.pid == pid
+    (main,) = (m for m in core_ram.mappings(pid) if m.length_bytes == _MEMORY)
+    assert main.shared
 
 
 #: Dies by its own hand when a monitor command has been answered.
@@ -238,30 +250,29 @@ rehearsal.rehearse(command, sys.argv[6:], Path(program), Path(scratch), mark=mar
 
 
 @pytest.mark.parametrize(
-    ("last", "runs", "marked"),
+    ("last", "runs"),
     [
-        ("migrate-set-capabilities", True, True),
-        ("getfd", True, True),
-        ("stop", False, True),
-        ("migrate", False, True),
-        ("cont", True, True),
-        ("load", True, False),
+        ("migrate-set-capabilities", True),
+        ("getfd", True),
+        ("stop", False),
+        ("migrate", False),
+        ("cont", True),
+        ("load", False),
     ],
 )
 def test_a_rehearsal_that_is_killed_is_recovered(
-    guest: Filed, newer_qemu: Build, tmp_path: Path, last: str, runs: bool, marked: bool
+    guest: Filed, newer_qemu: Build, tmp_path: Path, last: str, runs: bool
 ) -> None:
     argv = [sys.executable, "-c", _DYING, guest.daemon.uri, str(guest.uuid)]
     argv += [str(newer_qemu.wrapper), str(tmp_path), last, *guest.command_line]
     ended = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert ended.stdout.split("\n")[:-1] == ["mark True"] + ["mark False"] * (not marked)
+    assert ended.stdout == "mark True\n"
     _wait_for(lambda: guest.command("query-status", {})["running"] is runs)
     _wait_for(lambda: not _rehearsing(tmp_path))
-    if marked:
-        assert guest.ignores_shared
+    assert guest.ignores_shared
+    for _ in range(2):  # safe to repeat
         rehearsal.recover(guest.command)
-    rehearsal.recover(guest.command)  # safe to repeat
     assert guest.command("query-status", {})["running"]
     guest.assert_well()
     told = rehearsal.rehearse(
