@@ -71,7 +71,7 @@ class HandoverHand:
         self._program = program
         self._builds = Path(config.paths.builds)
         self._sample_pages = 0 if verify_ram == "full" else SAMPLE_PAGES
-        #: emulator -> its mark, and its build; None: it is a script, of a build that no package owns
+        #: emulator -> its mark, and its build; None: it is a script, which no package replaces
         self._kept: dict[str, tuple[str, builds.Build | None]] = {}
 
     def keep(self, uuids: Sequence[str]) -> None:
