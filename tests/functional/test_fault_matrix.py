@@ -99,8 +99,7 @@ def bench(made: Bench) -> Iterator[Bench]:
     """Both guests run, nothing is pending, no mark is there."""
     made.made.daemon.ensure()
     if len(made.pids()) < len(made.lab.names):
-        made.made.replenish()
-        made.learn_uuids()
+        made.replenish()
     made.clear_marks()
     yield made
     for path in made.state.glob("journal.db*"):  # what a test damaged, as the error says
