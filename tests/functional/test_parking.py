@@ -93,15 +93,29 @@ def test_a_paused_guest_stays_paused(guest: Parked) -> None:
     guest.owner().resume(guest.name)
 
 
-def test_another_emulator(guest: Parked, tmp_path: Path) -> None:
-    """And back to the old one from a guest that is paused under the new one."""
-    other = guest.base / "other-qemu"
-    other.write_text('#!/bin/sh\nexec /usr/bin/qemu-system-x86_64 "$@"\n')
-    other.chmod(0o755)
+def other_emulator(guest: Parked) -> Path:
+    path = guest.base / "other-qemu"
+    path.write_text('#!/bin/sh\nexec /usr/bin/qemu-system-x86_64 "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_another_emulator(guest: Parked) -> None:
+    """Under which somebody lets it run before we do."""
+    other = other_emulator(guest)
     record = guest.way.switch(guest.way.prepare(guest.uuid), str(other))
     facts = guest.domains.facts(guest.uuid)
     assert facts is not None and facts.emulator == str(other)
     assert facts.state is GuestState.PAUSED
+    guest.owner().resume(guest.name)
+    with pytest.raises(GuestError, match="somebody has let it run"):
+        guest.way.rollback(record)
+    guest.way.finish(guest.way.commit(record))
+
+
+def test_the_old_emulator_again(guest: Parked) -> None:
+    """Before the guest is let run."""
+    record = guest.way.switch(guest.way.prepare(guest.uuid), str(other_emulator(guest)))
     record = guest.way.rollback(record)
     facts = guest.domains.facts(guest.uuid)
     assert facts is not None and facts.emulator == record.old_emulator
