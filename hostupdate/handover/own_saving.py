@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
-from hostupdate.errors import DeadlineError, GuestError
+from hostupdate.errors import GuestError
 from hostupdate.handover import image, parked_image, ram_store
 from hostupdate.handover.saving import Saving
 from hostupdate.parked import ParkedRecord
@@ -44,11 +44,7 @@ class OwnSaving(Saving):
             self._save_and_end(record)
         except OSError as error:
             raise GuestError(record.name, f"its QEMU cannot be ended: {error}") from error
-        deadline_ns = time.monotonic_ns() + _DEATH_NS
-        while self.settle(record).active:
-            if time.monotonic_ns() >= deadline_ns:
-                raise DeadlineError(f"libvirt's notice of {record.name}'s end", _DEATH_NS)
-            time.sleep(_POLL_S)
+        self.settle(record)
 
     def _save_and_end(self, record: ParkedRecord) -> None:
         xml, cookie = self._host.domains.description(record.uuid)

@@ -31,7 +31,7 @@ from hostupdate.model import GuestState
 from hostupdate.parked import DomainFacts, ParkedRecord, ParkedState
 
 _SETTLE_NS = 30_000_000_000
-_POLL_S = 0.02
+_POLL_S = 0.005
 _RELOAD = "systemctl reload libvirtd (or virtqemud): it looks for hooks then; guests run on"
 
 
@@ -75,7 +75,10 @@ class Saving:
         if not facts.active or facts.busy:
             self.abort(record)
             raise GuestError(record.name, f"it is {facts.state} now, or libvirt is at work on it")
-        record = msgspec.structs.replace(record, was_running=facts.state is GuestState.RUNNING)
+        running = facts.state is GuestState.RUNNING
+        if record.was_running is not running:
+            record = msgspec.structs.replace(record, was_running=running)
+            self._host.records.write(record)
         try:
             self._host.hook.guard(record)
             domains.set_ignore_shared(record.uuid, True)
@@ -201,12 +204,12 @@ class Saving:
     def abort(self, record: ParkedRecord) -> None:
         """The guest is under its old QEMU as if nothing had been. Safe to repeat. Raises what the
         hypervisor does, the record is still there then. GuestError: it has been saved."""
-        facts = self._host.domains.facts(record.uuid)
-        if facts is not None and facts.active:
-            paused = facts.state is GuestState.PAUSED and not facts.paused_by_owner
-            if record.was_running and paused:
-                self._host.domains.resume(record.uuid)
+        facts = self.settle(record)
+        if facts.active:
+            self._let_go_on(record, facts)
+            # A daemon that has just been started says what it remembers, until QEMU has answered.
             self._host.domains.set_ignore_shared(record.uuid, False)
+            self._let_go_on(record, self.facts(record.uuid))
             self._forget_save(record)  # half an image
         elif self._host.hook.guards(record):
             raise GuestError(record.name, "it has no QEMU any more: unpark it")
@@ -217,6 +220,13 @@ class Saving:
         ram_store.unlink(record)
         self._host.hook.release(record)
         self._host.records.remove(record.uuid)
+
+    def _let_go_on(self, record: ParkedRecord, facts: DomainFacts) -> None:
+        """The guest ran when it was about to be parked: who has stopped it since is not told
+        reliably by libvirt."""
+        stopped = record.was_running and facts.state is GuestState.PAUSED
+        if stopped and self._host.hook.guards(record):
+            self._host.domains.resume(record.uuid)
 
     def _forget_save(self, record: ParkedRecord) -> None:
         if record.persistent:
@@ -234,7 +244,8 @@ class Saving:
         return facts
 
     def settle(self, record: ParkedRecord) -> DomainFacts:
-        """The guest, once libvirt is done with it. DeadlineError: it is not."""
+        """The guest, once libvirt is done with it, and says that it has a QEMU only where it has
+        one. DeadlineError: it is not."""
         deadline_ns = time.monotonic_ns() + _SETTLE_NS
         while True:
             facts = self._host.domains.facts(record.uuid)
@@ -248,7 +259,7 @@ class Saving:
                     emulator="",
                     memory_bytes=0,
                 )
-            if not facts.busy:
+            if not facts.busy and (not facts.active or self._host.find_pid(record.uuid)):
                 return facts
             if time.monotonic_ns() >= deadline_ns:
                 raise DeadlineError(f"libvirt's work on guest {record.name}", _SETTLE_NS)

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from libvirt_qemu import qemuMonitorEventRegister
 
@@ -440,11 +441,16 @@ def test_a_daemon_that_calls_no_hook_parks_nothing(guest: Parked) -> None:
     guest.assert_as_if_nothing_had_been()
 
 
-def test_the_daemon_dies_under_a_guest_that_is_paused_under_its_new_qemu(guest: Parked) -> None:
+@pytest.mark.parametrize("state", [ParkedState.STRIPPED, ParkedState.RUNNING])
+def test_the_daemon_dies_under_a_guest_that_is_paused_under_its_new_qemu(
+    guest: Parked, state: ParkedState
+) -> None:
     record = guest.way.switch(guest.way.prepare(guest.uuid), None)
+    guest.host.records.write(msgspec.structs.replace(record, state=state))
     guest.daemon.end()
     guest.daemon.ensure()
-    assert recover(guest.host, record) is Recovered.UNPARKED
+    recover(guest.host, guest.record)
+    assert guest.state() is GuestState.RUNNING
 
 
 @pytest.mark.parametrize("name", ["a-fatal", "z-fatal"])
