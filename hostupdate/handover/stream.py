@@ -52,14 +52,13 @@ _SWITCHOVER_START = 11
 _RAM_VERSION = 4
 
 _CAPABILITY = "x-ignore-shared"
-#: No name in a stream is longer than a byte can say, no list of blocks longer than a guest's DIMMs
-#: and ROMs: a bound for a stream that is garbage.
+#: More than any guest's DIMMs and ROMs: a bound for a stream that is garbage.
 _BLOCKS_MAX = 4096
 _U16, _U32, _U64 = Struct(">H"), Struct(">I"), Struct(">Q")
 
-_REMEDY = (
-    "the guest keeps its state: put the old QEMU back, or start the guest without a handover; "
-    "the rehearsal of a plan finds this before the guest is stopped"
+REMEDY = (
+    "nothing was changed: keep the image and the guest's RAM file, and do not start the guest "
+    "before the cause is known"
 )
 
 
@@ -147,7 +146,7 @@ class _Walk:
         self.cuts: list[range] = []
 
     def refuse(self, field: str, problem: str, offset: int | None) -> NoReturn:
-        raise ImageError(self.source, field, offset, problem, remedy=_REMEDY)
+        raise ImageError(self.source, field, offset, problem, remedy=REMEDY)
 
     def take(self, count: int) -> bytes:
         begin, end = self.at, self.at + count

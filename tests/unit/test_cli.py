@@ -237,6 +237,7 @@ def _classes(root: type[errors.HostUpdateError]) -> list[type[errors.HostUpdateE
 EXAMPLES: dict[str, tuple[errors.HostUpdateError, ExitCode]] = {
     "HostUpdateError": (errors.HostUpdateError("it", remedy="mend"), ExitCode.ERROR),
     "InputError": (errors.InputError("f", "x.y", "it", remedy="mend"), ExitCode.ERROR),
+    "ImageError": (errors.ImageError("f", "x", 8, "it", remedy="mend"), ExitCode.ERROR),
     "PrerequisiteError": (errors.PrerequisiteError("it", remedy="mend"), ExitCode.ERROR),
     "RefusedError": (errors.RefusedError(["it", "and that"], remedy="mend"), ExitCode.REFUSED),
     "BusyError": (errors.BusyError("run it, pid 1"), ExitCode.BUSY),
