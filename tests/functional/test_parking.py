@@ -532,3 +532,21 @@ def test_a_guest_that_ended_after_it_was_let_run(guest: Parked) -> None:
         recover(guest.host, guest.record)
     discard(guest.host, guest.record)
     boot(guest)
+
+
+def test_a_guest_that_its_owner_ends_before_it_is_parked(guest: Parked) -> None:
+    record = guest.way.prepare(guest.uuid)
+    guest.owner().destroy(guest.name)
+    with pytest.raises(GuestError, match="shutoff"):
+        guest.way.park(record)
+    assert guest.files() == []
+    boot(guest)
+
+
+def test_a_guest_that_its_owner_pauses_before_it_is_parked(guest: Parked) -> None:
+    record = guest.way.prepare(guest.uuid)
+    guest.owner().suspend(guest.name)
+    guest.way.park(record)
+    recover(guest.host, guest.record)
+    assert guest.state() is GuestState.PAUSED
+    guest.owner().resume(guest.name)
