@@ -21,7 +21,7 @@ import libvirt
 import libvirt_qemu
 
 from hostupdate.errors import HypervisorError
-from hostupdate.guests.hypervisor import _STATES, Hypervisor
+from hostupdate.guests.hypervisor import _STATES, Hypervisor, _let_run
 from hostupdate.model import GuestState
 from hostupdate.parked import DomainFacts, Stamp
 
@@ -150,9 +150,9 @@ class Parking:
         )
 
     def resume(self, uuid: str) -> None:
-        """Lets the guest run."""
+        """Lets the guest run; no error where it does."""
         self._drop(uuid, "RESUME")
-        self._of("resume a guest", uuid, lambda domain: domain.resume())
+        self._of("resume a guest", uuid, _let_run)
 
     def destroy(self, uuid: str) -> None:
         """Ends the guest's QEMU at once; no error where it has none."""
@@ -238,9 +238,10 @@ class Parking:
         def watched(connection: Any) -> T:
             if self._watched is not connection:
                 flags = libvirt_qemu.VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
-                libvirt_qemu.qemuMonitorEventRegister(
-                    connection, None, "^(STOP|RESUME)$", self._event, None, flags
-                )
+                with suppress(libvirt.libvirtError):  # then nothing is measured
+                    libvirt_qemu.qemuMonitorEventRegister(
+                        connection, None, "^(STOP|RESUME)$", self._event, None, flags
+                    )
                 self._watched = connection
             return run(connection)
 

@@ -22,8 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
-from hostupdate.errors import DeadlineError, GuestError
-from hostupdate.handover import image, ram_store
+from hostupdate.errors import GuestError
+from hostupdate.handover import image, parked_image, ram_store
 from hostupdate.handover.saving import Saving
 from hostupdate.parked import ParkedRecord
 
@@ -40,6 +40,13 @@ class OwnSaving(Saving):
 
     def _save(self, record: ParkedRecord) -> None:
         """GuestError: nothing has been ended; whether the guest runs, libvirt tells."""
+        try:
+            self._save_and_end(record)
+        except OSError as error:
+            raise GuestError(record.name, f"its QEMU cannot be ended: {error}") from error
+        self.settle(record)
+
+    def _save_and_end(self, record: ParkedRecord) -> None:
         xml, cookie = self._host.domains.description(record.uuid)
         pid = self._host.find_pid(record.uuid)
         if pid is None or not ram_store.is_mapped(record, pid):
@@ -51,17 +58,12 @@ class OwnSaving(Saving):
             stream = self._stream(record)
             head = image.head(xml, cookie, running=record.was_running, stored=image.RAW)
             image.place(Path(record.guard), head + stream)
-            self.checked(record, Path(record.guard))
+            parked_image.checked(record, Path(record.guard))
             with _held_sockets(pid, pidfd):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 _wait_gone(record, pid, pidfd)
         finally:
             os.close(pidfd)
-        deadline_ns = time.monotonic_ns() + _DEATH_NS
-        while self.settle(record).active:
-            if time.monotonic_ns() >= deadline_ns:
-                raise DeadlineError(f"libvirt's notice of {record.name}'s end", _DEATH_NS)
-            time.sleep(_POLL_S)
 
     def _stream(self, record: ParkedRecord) -> bytes:
         """The guest's state; the guest is stopped then."""

@@ -10,12 +10,10 @@ loaded is a copy, rewritten, which says of the guest that it was paused: the thi
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
-from uuid import UUID
 
 import msgspec
 
@@ -26,15 +24,14 @@ from hostupdate.errors import (
     HypervisorError,
     ImageError,
 )
-from hostupdate.handover import domain, image, ram_store
+from hostupdate.handover import candidate, parked_image, ram_store
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import store
 from hostupdate.model import GuestState
 from hostupdate.parked import DomainFacts, ParkedRecord, ParkedState
 
-_ROOM_BYTES = 64 << 20
 _SETTLE_NS = 30_000_000_000
-_POLL_S = 0.02
+_POLL_S = 0.005
 _RELOAD = "systemctl reload libvirtd (or virtqemud): it looks for hooks then; guests run on"
 
 
@@ -51,7 +48,7 @@ class Saving:
         """The guest's RAM gets its second name. GuestError: it cannot be parked; nothing is left.
         PrerequisiteError: the record cannot be written."""
         facts = self.facts(uuid)
-        record = self._record(uuid, facts)
+        record = candidate.linked(self._host, self.name, uuid, facts)
         self._host.hook.install()
         if not self._host.domains.hook_is_called(uuid):
             raise GuestError(facts.name, "libvirt's daemon does not call our hook", remedy=_RELOAD)
@@ -76,8 +73,12 @@ class Saving:
         domains = self._host.domains
         facts = self.facts(record.uuid)
         if not facts.active or facts.busy:
+            self.abort(record)
             raise GuestError(record.name, f"it is {facts.state} now, or libvirt is at work on it")
-        record = msgspec.structs.replace(record, was_running=facts.state is GuestState.RUNNING)
+        running = facts.state is GuestState.RUNNING
+        if record.was_running is not running:
+            record = msgspec.structs.replace(record, was_running=running)
+            self._host.records.write(record)
         try:
             self._host.hook.guard(record)
             domains.set_ignore_shared(record.uuid, True)
@@ -99,7 +100,7 @@ class Saving:
 
     def saved(self, record: ParkedRecord) -> ParkedRecord:
         """Notes a guest that has been saved. GuestError: its image is not right."""
-        data = self.checked(record, Path(record.guard))
+        data = parked_image.checked(record, Path(record.guard))
         if record.guard != record.image:
             store(Path(record.image), data)
         stamp = self._host.domains.stopped(record.uuid) if record.was_running else None
@@ -126,7 +127,8 @@ class Saving:
             raise GuestError(record.name, f"{problem}; it stays parked")
         loadable = self._host.records.loadable(record.uuid)
         try:
-            store(loadable, _loadable(self._intact(record), emulator), durable=False)
+            data = parked_image.loadable(parked_image.intact(record), emulator)
+            store(loadable, data, durable=False)
         except ImageError as error:
             raise GuestError(record.name, f"{error}; it stays parked") from error
         record = msgspec.structs.replace(record, state=ParkedState.STRIPPED, new_emulator=emulator)
@@ -167,7 +169,11 @@ class Saving:
         the old one. GuestError: it has been let run, or the old one does not take it either."""
         if record.state is ParkedState.RUNNING:
             raise _moved_on(record)
-        self._host.domains.destroy(record.uuid)
+        facts = self.settle(record)
+        if facts.state is GuestState.RUNNING or facts.paused_by_owner:
+            raise GuestError(record.name, "somebody has let it run under its new QEMU: no way back")
+        if facts.active:
+            self._host.domains.destroy(record.uuid)
         return self.unpark(record, record.old_emulator)
 
     def commit(self, record: ParkedRecord) -> ParkedRecord:
@@ -198,12 +204,12 @@ class Saving:
     def abort(self, record: ParkedRecord) -> None:
         """The guest is under its old QEMU as if nothing had been. Safe to repeat. Raises what the
         hypervisor does, the record is still there then. GuestError: it has been saved."""
-        facts = self._host.domains.facts(record.uuid)
-        if facts is not None and facts.active:
-            paused = facts.state is GuestState.PAUSED and not facts.paused_by_owner
-            if record.was_running and paused:
-                self._host.domains.resume(record.uuid)
+        facts = self.settle(record)
+        if facts.active:
+            self._let_go_on(record, facts)
+            # A daemon that has just been started says what it remembers, until QEMU has answered.
             self._host.domains.set_ignore_shared(record.uuid, False)
+            self._let_go_on(record, self.facts(record.uuid))
             self._forget_save(record)  # half an image
         elif self._host.hook.guards(record):
             raise GuestError(record.name, "it has no QEMU any more: unpark it")
@@ -214,6 +220,13 @@ class Saving:
         ram_store.unlink(record)
         self._host.hook.release(record)
         self._host.records.remove(record.uuid)
+
+    def _let_go_on(self, record: ParkedRecord, facts: DomainFacts) -> None:
+        """The guest ran when it was about to be parked: who has stopped it since is not told
+        reliably by libvirt."""
+        stopped = record.was_running and facts.state is GuestState.PAUSED
+        if stopped and self._host.hook.guards(record):
+            self._host.domains.resume(record.uuid)
 
     def _forget_save(self, record: ParkedRecord) -> None:
         if record.persistent:
@@ -231,7 +244,8 @@ class Saving:
         return facts
 
     def settle(self, record: ParkedRecord) -> DomainFacts:
-        """The guest, once libvirt is done with it. DeadlineError: it is not."""
+        """The guest, once libvirt is done with it, and says that it has a QEMU only where it has
+        one. DeadlineError: it is not."""
         deadline_ns = time.monotonic_ns() + _SETTLE_NS
         while True:
             facts = self._host.domains.facts(record.uuid)
@@ -245,53 +259,11 @@ class Saving:
                     emulator="",
                     memory_bytes=0,
                 )
-            if not facts.busy:
+            if not facts.busy and (not facts.active or self._host.find_pid(record.uuid)):
                 return facts
             if time.monotonic_ns() >= deadline_ns:
                 raise DeadlineError(f"libvirt's work on guest {record.name}", _SETTLE_NS)
             time.sleep(_POLL_S)
-
-    def _record(self, uuid: str, facts: DomainFacts) -> ParkedRecord:
-        name, records = facts.name, self._host.records
-        if not facts.active or facts.busy:
-            raise GuestError(name, f"it is {facts.state}, or libvirt is at work on it")
-        if facts.problem:
-            raise GuestError(name, facts.problem)
-        if records.read(uuid) is not None:
-            raise GuestError(name, "a handover of it has not ended", remedy="hostupdate resume")
-        pid = self._host.find_pid(uuid)
-        if pid is None:
-            raise GuestError(name, "its QEMU process was not found")
-        ram = ram_store.find(name, uuid, pid)
-        if ram.size_bytes < facts.memory_bytes:
-            raise GuestError(
-                name, f"only {ram.size_bytes} of its {facts.memory_bytes} bytes of RAM are in files"
-            )
-        guard = self._host.save_directory / f"{name}.save"
-        if facts.persistent and guard.exists():
-            remedy = f"virsh managedsave-remove {name}"
-            raise GuestError(name, f"a saved image of it is in the way: {guard}", remedy=remedy)
-        for place in {records.directory.parent, self._host.save_directory}:
-            free = os.statvfs(place)
-            if free.f_bavail * free.f_frsize < _ROOM_BYTES:
-                raise GuestError(name, f"its image needs {_ROOM_BYTES >> 20} MiB on {place}")
-        return ParkedRecord(
-            run_id=self._host.run_id,
-            boot_id=self._host.boot_id,
-            uri=self._host.uri,
-            name=name,
-            uuid=uuid,
-            way=self.name,
-            state=ParkedState.LINKED,
-            persistent=facts.persistent,
-            was_running=facts.state is GuestState.RUNNING,
-            ram_directory=str(ram.directory),
-            short_name=ram.short_name,
-            ram=ram.files,
-            image=str(records.image(uuid)),
-            guard=str(guard if facts.persistent else records.image(uuid)),
-            old_emulator=facts.emulator,
-        )
 
     def _still_parked(self, record: ParkedRecord, problem: str) -> GuestError:
         """A QEMU without the guest's RAM often does not even load the rest."""
@@ -300,45 +272,6 @@ class Saving:
             if not self._host.domains.hook_is_called(record.uuid):
                 remedy = _RELOAD
         return GuestError(record.name, f"{problem}; it stays parked", remedy=remedy)
-
-    def checked(self, record: ParkedRecord, path: Path) -> bytes:
-        """An image that is complete, this guest's, and without just the RAM that is parked."""
-        try:
-            found = image.read_image(path)
-            files = {ram.block: ram.size_bytes for ram in record.ram}
-            kept = {}
-            for name, size_bytes in found.stripped.kept.items():
-                block = name.rpartition("/")[2]  # QEMU may give it as /objects/NAME
-                file_bytes = files.pop(block, 0)  # files end with whole pages, which may be huge
-                kept[name] = size_bytes if size_bytes <= file_bytes else file_bytes
-            image.check(found, uuid=UUID(record.uuid), kept=kept | files)
-        except ImageError as error:
-            raise GuestError(record.name, f"it has been saved, but {error}") from error
-        return found.content
-
-    def _intact(self, record: ParkedRecord) -> image.SaveImage:
-        """The image as it was saved: our copy, or libvirt's."""
-        problems = []
-        for path in dict.fromkeys((record.image, record.guard)):
-            try:
-                data = Path(path).read_bytes()
-            except OSError as error:
-                problems.append(f"{path}: {error.strerror}")
-                continue
-            if hashlib.sha256(data).hexdigest() == record.image_sha256:
-                return image.parse(Path(path), data)
-            problems.append(f"{path} has changed")
-        problem = "; ".join(problems)
-        raise GuestError(record.name, f"no image of it is intact ({problem}); it stays parked")
-
-
-def _loadable(saved: image.SaveImage, emulator: str | None) -> bytes:
-    """What a QEMU takes that nobody told of RAM in files: the guest, paused."""
-    xml = saved.xml
-    if emulator is not None:
-        xml = domain.with_emulator(xml, emulator, str(saved.path))
-    head = image.head(xml, saved.cookie, running=False, stored=image.GZIP)
-    return head + image.gzipped(saved.stripped.stream)
 
 
 def _moved_on(record: ParkedRecord) -> GuestError:

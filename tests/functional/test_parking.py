@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from libvirt_qemu import qemuMonitorEventRegister
 
@@ -93,15 +94,29 @@ def test_a_paused_guest_stays_paused(guest: Parked) -> None:
     guest.owner().resume(guest.name)
 
 
-def test_another_emulator(guest: Parked, tmp_path: Path) -> None:
-    """And back to the old one from a guest that is paused under the new one."""
-    other = guest.base / "other-qemu"
-    other.write_text('#!/bin/sh\nexec /usr/bin/qemu-system-x86_64 "$@"\n')
-    other.chmod(0o755)
+def other_emulator(guest: Parked) -> Path:
+    path = guest.base / "other-qemu"
+    path.write_text('#!/bin/sh\nexec /usr/bin/qemu-system-x86_64 "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_another_emulator(guest: Parked) -> None:
+    """Under which somebody lets it run before we do."""
+    other = other_emulator(guest)
     record = guest.way.switch(guest.way.prepare(guest.uuid), str(other))
     facts = guest.domains.facts(guest.uuid)
     assert facts is not None and facts.emulator == str(other)
     assert facts.state is GuestState.PAUSED
+    guest.owner().resume(guest.name)
+    with pytest.raises(GuestError, match="somebody has let it run"):
+        guest.way.rollback(record)
+    guest.way.finish(guest.way.commit(record))
+
+
+def test_the_old_emulator_again(guest: Parked) -> None:
+    """Before the guest is let run."""
+    record = guest.way.switch(guest.way.prepare(guest.uuid), str(other_emulator(guest)))
     record = guest.way.rollback(record)
     facts = guest.domains.facts(guest.uuid)
     assert facts is not None and facts.emulator == record.old_emulator
@@ -426,11 +441,16 @@ def test_a_daemon_that_calls_no_hook_parks_nothing(guest: Parked) -> None:
     guest.assert_as_if_nothing_had_been()
 
 
-def test_the_daemon_dies_under_a_guest_that_is_paused_under_its_new_qemu(guest: Parked) -> None:
+@pytest.mark.parametrize("state", [ParkedState.STRIPPED, ParkedState.RUNNING])
+def test_the_daemon_dies_under_a_guest_that_is_paused_under_its_new_qemu(
+    guest: Parked, state: ParkedState
+) -> None:
     record = guest.way.switch(guest.way.prepare(guest.uuid), None)
+    guest.host.records.write(msgspec.structs.replace(record, state=state))
     guest.daemon.end()
     guest.daemon.ensure()
-    assert recover(guest.host, record) is Recovered.UNPARKED
+    recover(guest.host, guest.record)
+    assert guest.state() is GuestState.RUNNING
 
 
 @pytest.mark.parametrize("name", ["a-fatal", "z-fatal"])
@@ -512,3 +532,21 @@ def test_a_guest_that_ended_after_it_was_let_run(guest: Parked) -> None:
         recover(guest.host, guest.record)
     discard(guest.host, guest.record)
     boot(guest)
+
+
+def test_a_guest_that_its_owner_ends_before_it_is_parked(guest: Parked) -> None:
+    record = guest.way.prepare(guest.uuid)
+    guest.owner().destroy(guest.name)
+    with pytest.raises(GuestError, match="shutoff"):
+        guest.way.park(record)
+    assert guest.files() == []
+    boot(guest)
+
+
+def test_a_guest_that_its_owner_pauses_before_it_is_parked(guest: Parked) -> None:
+    record = guest.way.prepare(guest.uuid)
+    guest.owner().suspend(guest.name)
+    guest.way.park(record)
+    recover(guest.host, guest.record)
+    assert guest.state() is GuestState.PAUSED
+    guest.owner().resume(guest.name)

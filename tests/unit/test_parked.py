@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from hostupdate.errors import InputError, PrerequisiteError
+from hostupdate.errors import GuestError, InputError, PrerequisiteError
 from hostupdate.handover.records import ParkedRecords
+from hostupdate.handover.recovery import recover
 from hostupdate.parked import (
     ParkedRecord,
     ParkedState,
@@ -113,3 +115,11 @@ def test_a_record_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -
         records.write(msgspec.structs.replace(RECORD, state=ParkedState.RUNNING))
     in_the_way.rmdir()
     assert records.read(UUID) == RECORD
+
+
+def test_a_way_that_this_version_does_not_know() -> None:
+    """Said before anything is touched: there is nothing here to touch."""
+    nowhere: Any = None
+    with pytest.raises(GuestError, match="by-post") as caught:
+        recover(nowhere, msgspec.structs.replace(RECORD, way="by-post"))
+    assert "version" in caught.value.remedy
