@@ -96,6 +96,19 @@ def kill(process: subprocess.Popen[str], number: signal.Signals = signal.SIGKILL
     return now_ns
 
 
+def await_word(fifo: Path, word: str, process: subprocess.Popen[str]) -> None:
+    """Until a step of the process's run has written a word to the fifo."""
+    fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        while not (found := os.read(fd, 100).decode()):
+            if process.poll() is not None:
+                raise AssertionError(f"the run has ended before: {process.communicate()}")
+            time.sleep(0.005)
+    finally:
+        os.close(fd)
+    assert found == f"{word}\n"
+
+
 def pids_naming(text: str, program: str = "qemu-system") -> list[int]:
     """Processes of a program whose command line holds a text."""
     return [

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.functional.cli import Ended, Lab, kill
+from tests.functional.cli import Ended, Lab, await_word, kill
 from tests.functional.conftest import assert_nothing_left, make_cache
 from tests.functional.daemon import Daemon, DaemonLab
 from tests.functional.test_deadman import wait_keepers
@@ -295,8 +295,7 @@ def test_libvirtd_and_the_orchestrator_both_away(
     wait = f"{script}; echo paused > {tmp_path}/paused; read line < {tmp_path}/go"
     manifest = write_manifest(step("wait", "blackout", ["sh", "-c", wait], timeout="20s"))
     process = lab.run.start("apply", str(manifest), "--pause-method", method)
-    with open(tmp_path / "paused") as told:
-        assert told.read() == "paused\n"
+    await_word(tmp_path / "paused", "paused", process)
     kill(process)
     process.communicate(timeout=30)
     wait_keepers(lab)
@@ -311,4 +310,3 @@ def test_libvirtd_and_the_orchestrator_both_away(
         assert status["last"]["exit_code"] == 40
         assert status["interrupted"] is None
     lab.assert_healthy()
-    (tmp_path / "go").write_text("go\n")

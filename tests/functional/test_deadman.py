@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hostupdate.core.keeper import KeeperRecord, Reason, read_record
-from tests.functional.cli import Lab, end_steps, keepers, kill
+from tests.functional.cli import Lab, await_word, end_steps, keepers, kill
 
 Write = Callable[..., Path]
 
@@ -46,8 +46,7 @@ def orchestrator(
         manifest = write_manifest(HANG.format(fifo=fifo), update=f'budget = "{budget}"')
         process = lab.run.start("apply", str(manifest), "--json", "--yes", *options)
         started.append(process)
-        with open(fifo) as told:
-            assert told.read() == "paused\n"
+        await_word(fifo, "paused", process)
         return process
 
     yield start

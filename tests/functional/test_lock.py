@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional.cli import Lab, kill
+from tests.functional.cli import Lab, await_word, kill
 from tests.functional.test_deadman import wait_keepers
 
 #: Says that the guests are paused, and waits until it is told to go on.
@@ -33,8 +33,7 @@ def holder(
         os.mkfifo(tmp_path / name)
     manifest = write_manifest(WAIT.format(dir=tmp_path)).rename(tmp_path / "holder.toml")
     process = lab.run.start("apply", str(manifest), "--json", "--pause-method", "freeze")
-    with open(tmp_path / "paused") as told:
-        assert told.read() == "paused\n"
+    await_word(tmp_path / "paused", "paused", process)
     yield process
     process.kill()
     process.communicate(timeout=60)
