@@ -91,6 +91,7 @@ class _Recovery:
         self._journal = journal
         self._record = record
         self._libvirt = _Libvirt(record.uri, record.libvirt_timeout_ns)
+        self._same_boot = record.boot_id == processes.boot_id()
         self._result = Recovered(problems={})
         self._unwind: Unwind | None = None
         self._warnings: list[str] = []
@@ -164,14 +165,13 @@ class _Recovery:
         self.report = run.report()
         self._attempt("journal", lambda: run.note(Kind.RECOVERING) if plan else None)
         if plan is not None and self.report is None:
-            same_boot = record.boot_id == processes.boot_id()
             directory = self._journal.directory(record.run_id)
             self.report = late_report(
                 plan, record, run.began_realtime_ns(), read_record(directory / "keeper.log")
             )
             self._correct_clocks()
             survivors = Survivors(record.run_id, directory / "undo.log")
-            self._unwind = Unwind(plan, records, survivors, run, _tell, same_boot=same_boot)
+            self._unwind = Unwind(plan, records, survivors, run, _tell, same_boot=self._same_boot)
             self._unwind.execute()
             self._warnings += self._unwind.problems
             conclude(self.report, self._result, self._unwind)
@@ -217,8 +217,14 @@ class _Recovery:
         return True
 
     def _correct_clocks(self) -> None:
-        """The guests run; now their clocks. What cannot be done is in the report."""
+        """The guests run; now their clocks. What cannot be done is in the report.
+
+        Not after a boot: the guests that were paused ended before it, and the distance of the
+        host's clocks that was written down would set whoever runs now to a time long past.
+        """
         report = self.report
+        if not self._same_boot:
+            return
         paused = [guest.uuid for guest in self._record.guests]
         paused += (
             [guest.uuid for guest in report.guests if guest.name in self._told] if report else []

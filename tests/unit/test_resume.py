@@ -1,0 +1,88 @@
+"""``hostupdate resume`` over real records and a real journal; guests and libvirt are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from hostupdate.cli import resume
+from hostupdate.cli.settings import Settings
+from hostupdate.errors import HypervisorError
+from hostupdate.host import processes
+from hostupdate.journal import Journal, RunJournal
+from hostupdate.model import Action, ExitCode, PendingRecord, Phase
+from hostupdate.unwinding import Kind
+from tests.unit.test_journal import plan, record
+
+STEP = Action(
+    phase=Phase.STAGE, kind="step", title="fetch", step="fetch", argv=("true",),
+    undo_argv=("true",),
+)  # fmt: skip
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    made = Journal(tmp_path / "state", tmp_path / "run")
+    made.check()
+    return made
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URIs at which libvirt was asked for; it is away."""
+    uris: list[str] = []
+
+    class Away:
+        def __init__(self, uri: str, _timeout_ns: int) -> None:
+            self._uri = uri
+
+        def __call__(self) -> Any:
+            uris.append(self._uri)
+            raise HypervisorError("away")
+
+    monkeypatch.setattr(resume, "_Libvirt", Away)
+    return uris
+
+
+def interrupted(journal: Journal, **changes: Any) -> PendingRecord:
+    """A run that was killed after the step had begun. Its guest's QEMU is gone."""
+    pending = msgspec.structs.replace(
+        record(journal.new_run()), cgroup2=None, held=None, memory_min={}, **changes
+    )
+    run: RunJournal = journal.begin(plan(STEP), pending)
+    run.note(Kind.INTENT, 0)
+    run.close()
+    return pending
+
+
+def recovered(journal: Journal, pending: PendingRecord) -> resume._Recovery:
+    recovery = resume._Recovery(Settings(state=journal.state), journal, pending)
+    recovery.execute()
+    return recovery
+
+
+def undone(recovery: resume._Recovery) -> Sequence[str]:
+    assert recovery.report is not None
+    return recovery.report.undone
+
+
+def test_after_a_boot_no_clock_is_set_by_the_one_before(journal: Journal, asked: list[str]) -> None:
+    pending = interrupted(journal, host_offset_ns=1)
+
+    recovery = recovered(journal, pending)
+
+    assert undone(recovery) == ["fetch"] and recovery.exit_code == ExitCode.GUEST_LOST
+    assert recovery.report is not None and recovery.report.host_clock is None
+    assert not asked, "its guests ended with that boot: whoever has their names now is another"
+    assert journal.pending() is None
+
+
+def test_in_the_same_boot_clocks_are_seen_to(journal: Journal, asked: list[str]) -> None:
+    recovery = recovered(journal, interrupted(journal, boot_id=processes.boot_id()))
+
+    assert asked and recovery.report is not None
+    assert any("clocks are not verified" in reason for reason in recovery.report.reasons)
