@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,7 +120,7 @@ class _Recovery:
             return
         try:
             self._finish(run)
-        except InputError as error:
+        except HostUpdateError as error:
             run.close()
             self._without_journal(error)
         finally:
@@ -166,9 +167,10 @@ class _Recovery:
         self._attempt("journal", lambda: run.note(Kind.RECOVERING) if plan else None)
         if plan is not None and self.report is None:
             directory = self._journal.directory(record.run_id)
-            self.report = late_report(
-                plan, record, run.began_realtime_ns(), read_record(directory / "keeper.log")
-            )
+            keeper = None
+            with suppress(OSError):  # it tells of a blackout's length, no more
+                keeper = read_record(directory / "keeper.log")
+            self.report = late_report(plan, record, run.began_realtime_ns(), keeper)
             self._correct_clocks()
             survivors = Survivors(record.run_id, directory / "undo.log")
             self._unwind = Unwind(plan, records, survivors, run, _tell, same_boot=self._same_boot)

@@ -72,8 +72,8 @@ class Survivors:
         if program is None:
             return f"program {argv[0]!r} is not installed"
         environment = {"DEBIAN_FRONTEND": "noninteractive", **os.environ}
-        with open(self._log, "ab") as log:
-            try:
+        try:
+            with open(self._log, "ab") as log:
                 process = subprocess.Popen(
                     argv,
                     executable=program,
@@ -83,8 +83,8 @@ class Survivors:
                     env=environment | {RUN: self._run_id, STEP: step},
                     start_new_session=True,
                 )
-            except OSError as error:
-                return f"{program} cannot be run: {error.strerror}"
+        except OSError as error:
+            return f"cannot be run: {error.filename or program}: {error.strerror}"
         try:
             status = process.wait(timeout_ns / 1e9)
         except subprocess.TimeoutExpired:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 
 from hostupdate.cli import resume
 from hostupdate.cli.settings import Settings
-from hostupdate.errors import HypervisorError
+from hostupdate.errors import HypervisorError, PrerequisiteError
 from hostupdate.host import processes
 from hostupdate.journal import Journal, RunJournal
 from hostupdate.model import Action, ExitCode, PendingRecord, Phase
+from hostupdate.rivals import Held
 from hostupdate.unwinding import Kind
 from tests.unit.test_journal import plan, record
 
@@ -51,7 +53,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def interrupted(journal: Journal, **changes: Any) -> PendingRecord:
     """A run that was killed after the step had begun. Its guest's QEMU is gone."""
     pending = msgspec.structs.replace(
-        record(journal.new_run()), cgroup2=None, held=None, memory_min={}, **changes
+        record(journal.new_run()), **({"cgroup2": None, "held": None, "memory_min": {}} | changes)
     )
     run: RunJournal = journal.begin(plan(STEP), pending)
     run.note(Kind.INTENT, 0)
@@ -86,3 +88,36 @@ def test_in_the_same_boot_clocks_are_seen_to(journal: Journal, asked: list[str])
 
     assert asked and recovery.report is not None
     assert any("clocks are not verified" in reason for reason in recovery.report.reasons)
+
+
+def test_a_step_whose_log_cannot_be_opened_keeps_nothing_else_from_being_done(
+    journal: Journal, asked: list[str]
+) -> None:
+    pending = interrupted(journal)
+    shutil.rmtree(journal.directory(pending.run_id))
+
+    recovery = recovered(journal, pending)
+
+    assert undone(recovery) == [] and "undo.log" in str(recovery.report)
+    assert journal.pending() is None
+
+
+def test_a_journal_that_cannot_be_read_for_now_is_left_for_another_try(
+    journal: Journal, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go: list[Held] = []
+    monkeypatch.setattr(
+        "hostupdate.cli.resume.Guard.restore", lambda _guard, held: let_go.append(held)
+    )
+    pending = interrupted(journal, held=Held(units=("x.service",)))
+
+    def fails(_run: RunJournal) -> None:
+        raise PrerequisiteError("disk I/O error", remedy="look at the disk")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(RunJournal, "records", fails)
+        recovery = recovered(journal, pending)
+
+    assert recovery.exit_code == ExitCode.GUEST_LOST and let_go == [pending.held]
+    assert journal.pending() == pending, "its steps are still to be undone"
+    assert undone(recovered(journal, pending)) == ["fetch"]
