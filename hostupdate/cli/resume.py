@@ -197,8 +197,10 @@ class _Recovery:
         """The guests come first, and need no journal; the steps cannot be known without it."""
         self._warnings.append(f"{error}; the steps that had run are not undone")
         held = self._let_go()
-        if not isinstance(error, InputError):
-            return  # once there is room again, or whatever it lacks, the rest can be done
+        if not isinstance(error, InputError) or error.field == "user_version":
+            # Once there is room again, or whatever it lacks, the rest can be done: what a newer
+            # version wrote is not damaged.
+            return
         self._warnings.append(f"moved away as {self._journal.set_aside()}")
         if not (self._result.unfinished or held or self._parked):
             self._journal.drop_pending()

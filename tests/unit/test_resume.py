@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,18 @@ def test_a_journal_that_cannot_be_read_for_now_is_left_for_another_try(
     assert recovery.exit_code == ExitCode.GUEST_LOST and let_go == [pending.held]
     assert journal.pending() == pending, "its steps are still to be undone"
     assert undone(recovered(journal, pending)) == ["fetch"]
+
+
+def test_a_newer_versions_journal_is_left_to_that_version(
+    journal: Journal, asked: list[str]
+) -> None:
+    pending = interrupted(journal)
+    written = sqlite3.connect(journal.state / "journal.db")
+    written.execute("PRAGMA user_version=99")
+    written.close()
+
+    recovery = recovered(journal, pending)
+
+    assert any("newer" in warning for warning in recovery._warnings)
+    assert journal.pending() == pending, "its steps are still to be undone"
+    assert [path.name for path in journal.state.glob("*damaged*")] == []
