@@ -172,7 +172,7 @@ class _Recovery:
                 keeper = read_record(directory / "keeper.log")
             self.report = late_report(plan, record, run.began_realtime_ns(), keeper)
             self._correct_clocks()
-            survivors = Survivors(record.run_id, directory / "undo.log")
+            survivors = Survivors(record.run_id, directory)
             self._unwind = Unwind(plan, records, survivors, run, _tell, same_boot=self._same_boot)
             self._unwind.execute()
             self._warnings += self._unwind.problems
