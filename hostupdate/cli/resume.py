@@ -179,7 +179,9 @@ class _Recovery:
             conclude(self.report, self._result, self._unwind)
         elif self.report is not None and record.guests:
             self._correct_clocks()
-            self.report.reasons.append("`hostupdate resume` let its guests run")
+            ran = [g.name for g in record.guests if g.name not in self._result.problems]
+            if ran:
+                self.report.reasons.append(f"`hostupdate resume` let run: {', '.join(ran)}")
             self.report.reasons += [f"guest {n}: {p}" for n, p in self._result.problems.items()]
         faults.point("resume.unwound")
         held = self._let_go()
@@ -269,6 +271,8 @@ class _Recovery:
             end = "its update was in place and stays" if unwind.committed else "it was undone"
             names = f": {escape(', '.join(undone))}" if undone else ""
             console.print(f"run {run_id} was interrupted; {end}{names}")
+        elif not (running or result.problems or self._warnings):
+            console.print(f"run {run_id} had nothing left to be resumed or undone")
 
 
 def _tell(text: str) -> None:

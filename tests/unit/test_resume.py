@@ -19,7 +19,7 @@ from hostupdate.journal import Journal, RunJournal
 from hostupdate.model import Action, ExitCode, PendingRecord, Phase
 from hostupdate.rivals import Held
 from hostupdate.unwinding import Kind
-from tests.unit.test_journal import plan, record
+from tests.unit.test_journal import plan, record, report
 
 STEP = Action(
     phase=Phase.STAGE, kind="step", title="fetch", step="fetch", argv=("true",),
@@ -137,3 +137,20 @@ def test_a_newer_versions_journal_is_left_to_that_version(
     assert any("newer" in warning for warning in recovery._warnings)
     assert journal.pending() == pending, "its steps are still to be undone"
     assert [path.name for path in journal.state.glob("*damaged*")] == []
+
+
+def test_what_is_resumed_is_told_and_what_is_not_is_not(
+    journal: Journal, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pending = interrupted(journal)
+    run = journal.reopen(pending)
+    run.save_report(report(pending.run_id))
+    run.close()
+
+    recovery = recovered(journal, pending)
+
+    assert recovery.report is not None
+    assert recovery.report.reasons == ["guest web: its QEMU ended with the host's last boot"]
+    nothing = msgspec.structs.replace(pending, guests=())
+    recovered(journal, nothing).show()
+    assert "nothing left" in capsys.readouterr().out
