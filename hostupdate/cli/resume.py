@@ -268,7 +268,9 @@ class _Recovery:
             console.print(f"run {run_id}: these guests run again: {escape(', '.join(running))}")
         if unwind is not None:
             undone = [step.name for step in unwind.steps.values() if step.undone]
-            end = "its update was in place and stays" if unwind.committed else "it was undone"
+            end = "it was undone, but for the above" if unwind.problems else "it was undone"
+            if unwind.committed:
+                end = "its update was in place and stays"
             names = f": {escape(', '.join(undone))}" if undone else ""
             console.print(f"run {run_id} was interrupted; {end}{names}")
         elif not (running or result.problems or self._warnings):

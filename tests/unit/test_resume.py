@@ -12,7 +12,9 @@ import msgspec
 import pytest
 
 from hostupdate.cli import resume
+from hostupdate.cli.compose import CCore
 from hostupdate.cli.settings import Settings
+from hostupdate.config import Config
 from hostupdate.errors import HypervisorError, PrerequisiteError
 from hostupdate.host import processes
 from hostupdate.journal import Journal, RunJournal
@@ -51,12 +53,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return uris
 
 
-def interrupted(journal: Journal, **changes: Any) -> PendingRecord:
+def interrupted(
+    journal: Journal, undo_argv: tuple[str, ...] = ("true",), **changes: Any
+) -> PendingRecord:
     """A run that was killed after the step had begun. Its guest's QEMU is gone."""
     pending = msgspec.structs.replace(
         record(journal.new_run()), **({"cgroup2": None, "held": None, "memory_min": {}} | changes)
     )
-    run: RunJournal = journal.begin(plan(STEP), pending)
+    run: RunJournal = journal.begin(
+        plan(msgspec.structs.replace(STEP, undo_argv=undo_argv)), pending
+    )
     run.note(Kind.INTENT, 0)
     run.close()
     return pending
@@ -154,3 +160,22 @@ def test_what_is_resumed_is_told_and_what_is_not_is_not(
     nothing = msgspec.structs.replace(pending, guests=())
     recovered(journal, nothing).show()
     assert "nothing left" in capsys.readouterr().out
+
+
+def test_an_undo_that_failed_is_not_told_as_done(
+    journal: Journal, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pending = interrupted(journal, undo_argv=("false",))
+
+    recovered(journal, pending).show()
+
+    told = " ".join(capsys.readouterr().out.split())
+    assert "undo of step 'fetch': it ended with status 1" in told
+    assert "it was undone, but for the above" in told
+
+
+def test_the_keepers_recovery_reads_the_runs_configuration(tmp_path: Path) -> None:
+    named = Settings(state=tmp_path, config=tmp_path / "own.toml")
+    argv = CCore(tmp_path, named, Config(), None)._recovery
+    assert argv[argv.index("--config") + 1] == str(named.config) and argv[-1] == "resume"
+    assert "--config" not in CCore(tmp_path, Settings(state=tmp_path), Config(), None)._recovery
