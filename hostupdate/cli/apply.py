@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import click
@@ -195,28 +195,33 @@ def _execute(
         started=processes.started(os.getpid()),
         libvirt_timeout_ns=config.deadlines.recovery_libvirt_ns,
     )
-    with (
-        closing(journal.begin(plan, pending)) as run_journal,
-        make_hands(
-            run_id=run_id,
-            settings=settings,
-            config=config,
-            manifest=manifest,
-            directory=journal.directory(run_id),
-            journal=run_journal,
-            guard=guard,
-            look=look,
-            vitals=vitals,
-            hypervisor=hypervisor,
-            clocks=clocks,
-            cgroups=cgroups,
-            guests=guests,
-            verify_ram=verify_ram,
-            handover=handover,
-            progress=Silent() if settings.quiet else Lines(),
-        ) as hands,
-    ):
-        return Run(run_id, plan, config, hands).execute()
+    with closing(journal.begin(plan, pending)) as run_journal, ExitStack() as stack:
+        try:
+            hands = stack.enter_context(
+                make_hands(
+                    run_id=run_id,
+                    settings=settings,
+                    config=config,
+                    manifest=manifest,
+                    directory=journal.directory(run_id),
+                    journal=run_journal,
+                    guard=guard,
+                    look=look,
+                    vitals=vitals,
+                    hypervisor=hypervisor,
+                    clocks=clocks,
+                    cgroups=cgroups,
+                    guests=guests,
+                    verify_ram=verify_ram,
+                    handover=handover,
+                    progress=Silent() if settings.quiet else Lines(),
+                )
+            )
+            run = Run(run_id, plan, config, hands)
+        except BaseException:  # nothing was done: there is nothing to resume
+            run_journal.end()
+            raise
+        return run.execute()
 
 
 def _eligible(

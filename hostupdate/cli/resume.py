@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,7 @@ class _Recovery:
         self._journal = journal
         self._record = record
         self._libvirt = _Libvirt(record.uri, record.libvirt_timeout_ns)
+        self._same_boot = record.boot_id == processes.boot_id()
         self._result = Recovered(problems={})
         self._unwind: Unwind | None = None
         self._warnings: list[str] = []
@@ -118,7 +120,7 @@ class _Recovery:
             return
         try:
             self._finish(run)
-        except InputError as error:
+        except HostUpdateError as error:
             run.close()
             self._without_journal(error)
         finally:
@@ -164,20 +166,22 @@ class _Recovery:
         self.report = run.report()
         self._attempt("journal", lambda: run.note(Kind.RECOVERING) if plan else None)
         if plan is not None and self.report is None:
-            same_boot = record.boot_id == processes.boot_id()
             directory = self._journal.directory(record.run_id)
-            self.report = late_report(
-                plan, record, run.began_realtime_ns(), read_record(directory / "keeper.log")
-            )
+            keeper = None
+            with suppress(OSError):  # it tells of a blackout's length, no more
+                keeper = read_record(directory / "keeper.log")
+            self.report = late_report(plan, record, run.began_realtime_ns(), keeper)
             self._correct_clocks()
-            survivors = Survivors(record.run_id, directory / "undo.log")
-            self._unwind = Unwind(plan, records, survivors, run, _tell, same_boot=same_boot)
+            survivors = Survivors(record.run_id, directory)
+            self._unwind = Unwind(plan, records, survivors, run, _tell, same_boot=self._same_boot)
             self._unwind.execute()
             self._warnings += self._unwind.problems
             conclude(self.report, self._result, self._unwind)
         elif self.report is not None and record.guests:
             self._correct_clocks()
-            self.report.reasons.append("`hostupdate resume` let its guests run")
+            ran = [g.name for g in record.guests if g.name not in self._result.problems]
+            if ran:
+                self.report.reasons.append(f"`hostupdate resume` let run: {', '.join(ran)}")
             self.report.reasons += [f"guest {n}: {p}" for n, p in self._result.problems.items()]
         faults.point("resume.unwound")
         held = self._let_go()
@@ -195,8 +199,10 @@ class _Recovery:
         """The guests come first, and need no journal; the steps cannot be known without it."""
         self._warnings.append(f"{error}; the steps that had run are not undone")
         held = self._let_go()
-        if not isinstance(error, InputError):
-            return  # once there is room again, or whatever it lacks, the rest can be done
+        if not isinstance(error, InputError) or error.field == "user_version":
+            # Once there is room again, or whatever it lacks, the rest can be done: what a newer
+            # version wrote is not damaged.
+            return
         self._warnings.append(f"moved away as {self._journal.set_aside()}")
         if not (self._result.unfinished or held or self._parked):
             self._journal.drop_pending()
@@ -217,8 +223,14 @@ class _Recovery:
         return True
 
     def _correct_clocks(self) -> None:
-        """The guests run; now their clocks. What cannot be done is in the report."""
+        """The guests run; now their clocks. What cannot be done is in the report.
+
+        Not after a boot: the guests that were paused ended before it, and the distance of the
+        host's clocks that was written down would set whoever runs now to a time long past.
+        """
         report = self.report
+        if not self._same_boot:
+            return
         paused = [guest.uuid for guest in self._record.guests]
         paused += (
             [guest.uuid for guest in report.guests if guest.name in self._told] if report else []
@@ -256,9 +268,13 @@ class _Recovery:
             console.print(f"run {run_id}: these guests run again: {escape(', '.join(running))}")
         if unwind is not None:
             undone = [step.name for step in unwind.steps.values() if step.undone]
-            end = "its update was in place and stays" if unwind.committed else "it was undone"
+            end = "it was undone, but for the above" if unwind.problems else "it was undone"
+            if unwind.committed:
+                end = "its update was in place and stays"
             names = f": {escape(', '.join(undone))}" if undone else ""
             console.print(f"run {run_id} was interrupted; {end}{names}")
+        elif not (running or result.problems or self._warnings):
+            console.print(f"run {run_id} had nothing left to be resumed or undone")
 
 
 def _tell(text: str) -> None:

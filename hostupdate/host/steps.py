@@ -14,12 +14,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from hostupdate.durations import format_duration
 from hostupdate.errors import PrerequisiteError, StepError
+from hostupdate.host import processes
 from hostupdate.manifest import Step
 
 #: Environment variables that name a process as part of a run.
 RUN, STEP = "HOSTUPDATE_RUN", "HOSTUPDATE_STEP"
+#: Ending of the files that hold a line for each process, see :class:`Began`.
+BEGAN = ".began"
 #: How much of a step's output goes into the report; the log file has all of it.
 TAIL_BYTES = 4096
 #: What a step gets to clean up after SIGTERM, once guests run again.
@@ -35,9 +40,19 @@ class Command:
     argv: tuple[str, ...]
 
 
+class Began(msgspec.Struct, frozen=True, kw_only=True):
+    """The process of a command, written down for whoever has to wait for it: it may have become
+    another program since (``nice``, ``env``, a shell's ``exec``). ``started`` in clock ticks."""
+
+    pid: int
+    started: int
+    step: str
+    argv: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedStep:
-    """A manifest step with its programs found and its log file open."""
+    """A manifest step with its programs found, its log and the list of its processes open."""
 
     name: str
     run: Command
@@ -45,6 +60,7 @@ class PreparedStep:
     undo: Command | None
     log: Path
     log_fd: int
+    began_fd: int
     environment: dict[str, str]
 
 
@@ -69,10 +85,15 @@ class Steps:
         """Opens the step's log. PrerequisiteError where one of its programs is missing."""
         run, verify, undo = find_programs(step)
         assert run is not None
-        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        log_fd = open_appended(log)
+        try:
+            began_fd = open_appended(log.with_suffix(BEGAN))
+        except OSError:
+            os.close(log_fd)
+            raise
         self._prepared[step.name] = PreparedStep(
-            name=step.name, run=run, verify=verify, undo=undo, log=log, log_fd=fd,
-            environment=self._environment | {STEP: step.name},
+            name=step.name, run=run, verify=verify, undo=undo, log=log, log_fd=log_fd,
+            began_fd=began_fd, environment=self._environment | {STEP: step.name},
         )  # fmt: skip
 
     def run(self, name: str, deadline_ns: int, wake_fds: Sequence[int]) -> StepResult:
@@ -131,6 +152,7 @@ class Steps:
         self.reap()
         for step in self._prepared.values():
             os.close(step.log_fd)
+            os.close(step.began_fd)
         self._prepared.clear()
 
     def _wait(
@@ -150,6 +172,7 @@ class Steps:
         except OSError as error:
             return None, f"{command.program} cannot be run: {error.strerror}"
         self._running.append(process)
+        write_began(step.began_fd, process.pid, step.name, command.argv)
         pidfd = os.pidfd_open(process.pid)
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
@@ -168,6 +191,19 @@ class Steps:
             return None, "was cut short"
         took = format_duration(time.monotonic_ns() - started_ns)
         return None, f"did not end within {took}"
+
+
+def open_appended(path: Path) -> int:
+    """A descriptor that only adds to the file, which is root's alone."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def write_began(fd: int, pid: int, step: str, argv: Sequence[str]) -> None:
+    """Adds a :class:`Began` of a child that was not waited for yet. Never raises: without it, the
+    process is known by its command line as long as it keeps that."""
+    with suppress(OSError):
+        began = Began(pid=pid, started=processes.started(pid), step=step, argv=tuple(argv))
+        os.write(fd, msgspec.json.encode(began) + b"\n")
 
 
 def find_programs(step: Step) -> tuple[Command, Command | None, Command | None]:

@@ -12,34 +12,64 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hostupdate.host.steps import RUN, STEP, TERM_GRACE_NS
+import msgspec
+
+from hostupdate.host import processes
+from hostupdate.host.steps import (
+    BEGAN,
+    RUN,
+    STEP,
+    TERM_GRACE_NS,
+    Began,
+    open_appended,
+    write_began,
+)
 
 
 class Survivors:
-    """The processes of one interrupted run, and running what is left of it."""
+    """The processes of one interrupted run, and running what is left of it. ``directory`` is the
+    run's."""
 
-    def __init__(self, run_id: str, log: Path) -> None:
+    def __init__(self, run_id: str, directory: Path) -> None:
         self._run_id = run_id
-        self._log = log
+        self._steps = directory / "steps"
+        self._log = directory / "undo.log"
 
     def find(self, step: str, argv: Sequence[str]) -> int | None:
         """The process that runs a command of a step, or None.
 
-        Known by the run and step in its environment, and by its command: a daemon that the step
-        started has the same environment, and is not to be touched.
+        Known by the run and step in its environment, and by what was written down when it began,
+        or by its command: a daemon that the step started has the same environment, and is not to
+        be touched.
         """
+        if not argv:
+            return None
+        for began in self._began():
+            known = began.step == step and began.argv == tuple(argv)
+            if known and processes.is_same(began.pid, began.started):
+                return began.pid
         wanted = {f"{RUN}={self._run_id}".encode(), f"{STEP}={step}".encode()}
         for entry in os.listdir("/proc"):
             if not entry.isdigit():
                 continue
             with suppress(OSError):
                 words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")[:-1]
-                if not argv or not _runs(words, [os.fsencode(word) for word in argv]):
+                if not _runs(words, [os.fsencode(word) for word in argv]):
                     continue
                 variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
                 if wanted <= set(variables) and os.getsid(int(entry)) == int(entry):
                     return int(entry)
         return None
+
+    def _began(self) -> list[Began]:
+        """What was written down; lines that a full disk cut short are left out."""
+        found = []
+        with suppress(OSError):
+            for path in self._steps.glob(f"*{BEGAN}"):
+                for line in path.read_bytes().splitlines():
+                    with suppress(msgspec.DecodeError):
+                        found.append(msgspec.json.decode(line, type=Began))
+        return found
 
     def end(self, pid: int, deadline_ns: int) -> bool:
         """Waits for it until ``deadline_ns`` (monotonic), then ends its group; whether it ended
@@ -72,8 +102,8 @@ class Survivors:
         if program is None:
             return f"program {argv[0]!r} is not installed"
         environment = {"DEBIAN_FRONTEND": "noninteractive", **os.environ}
-        with open(self._log, "ab") as log:
-            try:
+        try:
+            with open(self._log, "ab") as log:
                 process = subprocess.Popen(
                     argv,
                     executable=program,
@@ -83,8 +113,12 @@ class Survivors:
                     env=environment | {RUN: self._run_id, STEP: step},
                     start_new_session=True,
                 )
-            except OSError as error:
-                return f"{program} cannot be run: {error.strerror}"
+        except OSError as error:
+            return f"cannot be run: {error.filename or program}: {error.strerror}"
+        with suppress(OSError):
+            fd = open_appended(self._steps / f"undo{BEGAN}")
+            write_began(fd, process.pid, step, argv)
+            os.close(fd)
         try:
             status = process.wait(timeout_ns / 1e9)
         except subprocess.TimeoutExpired:

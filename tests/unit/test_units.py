@@ -49,6 +49,12 @@ def test_resume_is_run_where_a_run_was_interrupted_and_only_there() -> None:
     assert re.search(r"^SuccessExitStatus=(.*)", text, re.M)[1] == str(int(ExitCode.DEGRADED))  # type: ignore[index]
 
 
+def test_systemd_does_not_end_a_resume_that_runs_an_undo() -> None:
+    assert re.findall(r"^(?:Timeout|RuntimeMax)\w*=.*", RESUME.read_text(), re.M) == [
+        "TimeoutStartSec=infinity"  # the run's steps decide how long theirs take
+    ]
+
+
 def test_every_unit_is_installed_and_calls_a_program_that_is() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     installed = project["tool"]["setuptools"]["data-files"]["lib/systemd/system"]
