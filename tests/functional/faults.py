@@ -208,7 +208,9 @@ class Bench:
         )
         left = [str(p) for place in places for p in place.rglob("*") if not p.is_dir()]
         assert not left
-        assert not [p for p in (self.base / "ram").rglob("*") if p.is_file() and p.stat().st_nlink > 1]
+        assert not [
+            p for p in (self.base / "ram").rglob("*") if p.is_file() and p.stat().st_nlink > 1
+        ]
         homes = [p for p in (self.base / "ram/libvirt/qemu").iterdir()]
         assert len(homes) == len(list(names)), "RAM of a QEMU that is gone"
         assert len(pids_naming("")) == len(homes), "a QEMU that is no guest's"
