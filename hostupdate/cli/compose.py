@@ -104,7 +104,7 @@ class CCore(HostClock):
         self._grace_ns = config.deadlines.keeper_grace_ns
         self._handles: list[GuestHandle] = []
         self._recovery = [sys.executable, "-m", "hostupdate", "--state", str(settings.state)]
-        if settings.config is not None:  # it says what may be done to guests' clocks
+        if settings.config is not None:  # clocks, where hooks lie, what was kept of QEMU
             self._recovery += ["--config", str(settings.config)]
         self._recovery.append("resume")
 

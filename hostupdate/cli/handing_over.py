@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -24,12 +26,12 @@ from hostupdate.handover.hook import Hook
 from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import ParkedRecords
-from hostupdate.handover.recovery import recover
+from hostupdate.handover.recovery import Recovered, recover
 from hostupdate.handover.saving import Saving
 from hostupdate.host import processes, ram_backing
 from hostupdate.host.memory import SAMPLE_PAGES
 from hostupdate.model import LocatedGuest
-from hostupdate.parked import ParkedRecord
+from hostupdate.parked import ParkedRecord, ParkedState
 
 #: What starts or ends a QEMU: libvirt's own time-outs for both are 30 s.
 _LIFE_NS = 40_000_000_000
@@ -106,7 +108,7 @@ class HandoverHand:
         facts = self._way.facts(uuid)
         if pid is None:
             raise GuestError(facts.name, "its QEMU process was not found")
-        scratch = self._host.records.directory.parent / "rehearsal"
+        scratch = _scratch(self._host.records.directory.parent)
         scratch.mkdir(mode=0o700, exist_ok=True)
         command = GuestCommand(self._hypervisor, uuid, self._timeout_ns)
         target = Path(self._target(uuid))
@@ -119,15 +121,11 @@ class HandoverHand:
         return found.reason, found.paused_ns, found.new_version
 
     def prepare(self, uuid: str) -> ParkedRecord:
-        self._host.hook.install()
-        if not self._host.domains.hook_is_called(uuid):
-            processes.reload_libvirt()
-            deadline_ns = time.monotonic_ns() + _RELOAD_NS
-            while time.monotonic_ns() < deadline_ns:
-                if self._host.domains.hook_is_called(uuid):
-                    break
-                time.sleep(0.05)
+        _have_hook_called(self._host, uuid)
         return self._way.prepare(uuid)
+
+    def latest(self, record: ParkedRecord) -> ParkedRecord | None:
+        return self._host.records.read(record.uuid)
 
     def park(self, record: ParkedRecord) -> ParkedRecord:
         return self._way.park(record)
@@ -147,7 +145,8 @@ class HandoverHand:
         return parts.hexdigest()
 
     def unpark(self, record: ParkedRecord) -> ParkedRecord:
-        return self._way.unpark(record, self._program or None)
+        program = self._program if self._program != record.old_emulator else ""
+        return self._way.unpark(record, program or None)
 
     def rollback(self, record: ParkedRecord) -> ParkedRecord:
         """Under the very QEMU that it ran under: where its place has another now, the kept one."""
@@ -156,7 +155,12 @@ class HandoverHand:
             if build is None:
                 raise GuestError(record.name, f"{record.old_emulator} is not what it was")
             record = msgspec.structs.replace(record, old_emulator=str(build.wrapper))
-        return self._way.rollback(record)
+        try:
+            return self._way.rollback(record)
+        except GuestError:  # the daemon may have been started anew, without our hook
+            if not _have_hook_called(self._host, record.uuid):
+                raise
+            return self._way.rollback(record)
 
     def commit(self, record: ParkedRecord) -> ParkedRecord:
         return self._way.commit(record)
@@ -172,6 +176,21 @@ class HandoverHand:
 
     def _target(self, uuid: str) -> str:
         return self._program or self._way.facts(uuid).emulator
+
+
+def _have_hook_called(host: Host, uuid: str) -> bool:
+    """libvirt's daemon looks for hooks at its start only, and when it is told to. Whether it had to
+    be told, and calls ours now."""
+    host.hook.install()
+    if host.domains.hook_is_called(uuid):
+        return False
+    processes.reload_libvirt()
+    deadline_ns = time.monotonic_ns() + _RELOAD_NS
+    while time.monotonic_ns() < deadline_ns:
+        if host.domains.hook_is_called(uuid):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def eligibility(
@@ -219,11 +238,13 @@ def _mark(program: str) -> str:
 
 def bring_back(
     settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str
-) -> tuple[dict[str, str], list[str]]:
-    """Recovers every guest that has a parked record: problems by guest, and those that run."""
+) -> tuple[dict[str, str], list[str], bool]:
+    """Recovers every guest that has a parked record: problems by guest, those that run, and
+    whether one of them had been let run under its new QEMU."""
     host = parking_host(settings, config, hypervisor, run_id)
     problems: dict[str, str] = {}
     running = []
+    moved = False
     for uuid in host.records.uuids():
         name = uuid
         try:
@@ -231,21 +252,43 @@ def bring_back(
             if record is None:
                 continue
             name = record.name
-            recover(host, record)
+            found = _recovered(host, config, record)
+            moved = moved or (found is Recovered.COMMITTED and record.moved_on)
             running.append(name)
-        except HostUpdateError as first:
-            try:
-                again = host.records.read(uuid)
-                kept = _kept(config, again.old_emulator) if again is not None else None
-                if again is None or kept is None:
-                    raise first
-                recover(host, again, str(kept.wrapper))
-                running.append(name)
-            except HostUpdateError as error:
-                problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
-    if not problems:
-        _remove_idle(Path(config.paths.builds))
-    return problems, running
+        except HostUpdateError as error:
+            problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
+    return problems, running, moved
+
+
+def _recovered(host: Host, config: Config, record: ParkedRecord) -> Recovered:
+    """Recovers a guest under the QEMU that its image names, else under the one that was kept."""
+    try:
+        return recover(host, record)
+    except GuestError as error:
+        first = error
+    again = host.records.read(record.uuid)
+    if again is None or again.state is ParkedState.RUNNING:
+        raise first
+    with suppress(HostUpdateError):  # it may have no definition to ask with
+        if _have_hook_called(host, record.uuid):
+            return recover(host, again)
+    kept = _kept(config, again.old_emulator)
+    if kept is None:
+        raise first
+    again = msgspec.structs.replace(again, old_emulator=str(kept.wrapper))
+    return recover(host, again, again.old_emulator)
+
+
+def clear_up(state: Path, config: Config) -> None:
+    """Removes what an interrupted run has left of rehearsals and of QEMUs that it kept; no guest is
+    parked any more."""
+    shutil.rmtree(_scratch(state), ignore_errors=True)
+    _remove_idle(Path(config.paths.builds))
+
+
+def _scratch(state: Path) -> Path:
+    """Where a rehearsal's QEMU lives."""
+    return state / "rehearsal"
 
 
 def end_rehearsal(hypervisor: Hypervisor, uuid: str) -> None:

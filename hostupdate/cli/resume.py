@@ -42,7 +42,7 @@ from hostupdate.host.cgroups import Cgroups
 from hostupdate.host.guard import Guard
 from hostupdate.host.survivors import Survivors
 from hostupdate.journal import Journal, RunJournal
-from hostupdate.model import ArmedGuest, ExitCode, PendingRecord, Report
+from hostupdate.model import ArmedGuest, ExitCode, Impact, PendingRecord, Report
 from hostupdate.unwinding import Kind
 
 SCHEMA = "hostupdate-resume-v1"
@@ -66,7 +66,7 @@ def command(settings: Settings) -> None:
     journal = Journal(settings.state)
     lock = journal.lock("resume", wait_ns=_LOCK_NS)
     try:
-        record = journal.pending()
+        record = journal.pending() or _of_parked(settings)
         if record is None:
             if settings.json:
                 print_json({"schema": SCHEMA, "run_id": None, "report": None})
@@ -98,6 +98,7 @@ class _Recovery:
         self._warnings: list[str] = []
         self._told: list[str] = []
         self._parked = False  #: some guest is, still
+        self._moved = False  #: some guest had been let run under its new QEMU
         self.report: Report | None = None
 
     @property
@@ -140,7 +141,9 @@ class _Recovery:
             if self._record.rehearsing:
                 end_rehearsal(hypervisor, self._record.rehearsing)
             config = self._config()
-            problems, told = bring_back(self._settings, config, hypervisor, self._record.run_id)
+            problems, told, self._moved = bring_back(
+                self._settings, config, hypervisor, self._record.run_id
+            )
         except HostUpdateError as error:
             problems = {"(all that are parked)": str(error)}
         self._told += told
@@ -150,6 +153,11 @@ class _Recovery:
             warnings=self._result.warnings,
         )
         self._parked = bool(problems)
+
+    def _clear_up(self) -> None:
+        from hostupdate.cli.handing_over import clear_up
+
+        clear_up(self._settings.state, self._config())
 
     def _config(self) -> Config:
         """The update may have broken it."""
@@ -162,6 +170,8 @@ class _Recovery:
     def _finish(self, run: RunJournal) -> None:
         record = self._record
         plan = run.plan()
+        if self._moved:  # the run died before it could say so
+            self._attempt("journal", lambda: run.note(Kind.COMMITTED))
         records = run.records()
         self.report = run.report()
         self._attempt("journal", lambda: run.note(Kind.RECOVERING) if plan else None)
@@ -177,12 +187,14 @@ class _Recovery:
             self._unwind.execute()
             self._warnings += self._unwind.problems
             conclude(self.report, self._result, self._unwind)
-        elif self.report is not None and record.guests:
+        elif self.report is not None and (record.guests or self._told):
             self._correct_clocks()
             ran = [g.name for g in record.guests if g.name not in self._result.problems]
             if ran:
                 self.report.reasons.append(f"`hostupdate resume` let run: {', '.join(ran)}")
             self.report.reasons += [f"guest {n}: {p}" for n, p in self._result.problems.items()]
+        if plan is not None and plan.actual is Impact.HANDOVER and not self._parked:
+            self._attempt("clearing up", self._clear_up)
         faults.point("resume.unwound")
         held = self._let_go()
         if self.report is not None:
@@ -275,6 +287,23 @@ class _Recovery:
             console.print(f"run {run_id} was interrupted; {end}{names}")
         elif not (running or result.problems or self._warnings):
             console.print(f"run {run_id} had nothing left to be resumed or undone")
+
+
+def _of_parked(settings: Settings) -> PendingRecord | None:
+    """What stands for a pending record that has been lost, where a guest has a parked one."""
+    records = ParkedRecords(settings.state)
+    for uuid in records.uuids():
+        parked = records.read(uuid)
+        if parked is not None:
+            return PendingRecord(
+                run_id=parked.run_id,
+                boot_id=parked.boot_id,
+                uri=parked.uri,
+                pid=0,
+                started=0,
+                libvirt_timeout_ns=settings.load_config().deadlines.recovery_libvirt_ns,
+            )
+    return None
 
 
 def _tell(text: str) -> None:

@@ -23,6 +23,7 @@ from hostupdate.errors import (
     HostUpdateError,
     HypervisorError,
     ImageError,
+    PrerequisiteError,
 )
 from hostupdate.handover import candidate, parked_image, ram_store
 from hostupdate.handover.ports import Host
@@ -54,8 +55,9 @@ class Saving:
             raise GuestError(facts.name, "libvirt's daemon does not call our hook", remedy=_RELOAD)
         self._host.records.write(record)
         try:
+            self._host.records.reserve(uuid, _ROOM_BYTES)
             ram_store.link(record)
-        except GuestError:
+        except (GuestError, PrerequisiteError):
             self._host.records.remove(uuid)
             raise
         return record
@@ -102,7 +104,7 @@ class Saving:
         """Notes a guest that has been saved. GuestError: its image is not right."""
         data = parked_image.checked(record, Path(record.guard))
         if record.guard != record.image:
-            store(Path(record.image), data)
+            store(Path(record.image), data, spare=self._host.records.spare(record.uuid))
         stamp = self._host.domains.stopped(record.uuid) if record.was_running else None
         record = msgspec.structs.replace(
             record,
@@ -128,7 +130,7 @@ class Saving:
         loadable = self._host.records.loadable(record.uuid)
         try:
             data = parked_image.loadable(parked_image.intact(record), emulator)
-            store(loadable, data, durable=False)
+            store(loadable, data, durable=False, spare=self._host.records.spare(record.uuid))
         except ImageError as error:
             raise GuestError(record.name, f"{error}; it stays parked") from error
         record = msgspec.structs.replace(record, state=ParkedState.STRIPPED, new_emulator=emulator)
@@ -177,11 +179,22 @@ class Saving:
         return self.unpark(record, record.old_emulator)
 
     def commit(self, record: ParkedRecord) -> ParkedRecord:
-        """Lets the guest run, if it did before. No way back from here."""
-        record = msgspec.structs.replace(record, state=ParkedState.RUNNING)
-        self._host.records.write(record)
+        """Lets the guest run, if it did before. No way back from here. Safe to repeat.
+
+        GuestError: its QEMU has ended before that, and it is parked as before. Any other error:
+        its record tells whether it may run.
+        """
+        if record.state is not ParkedState.RUNNING:
+            if not self.facts(record.uuid).active:
+                raise self._still_parked(record, "its QEMU has ended before it was let run")
+            record = msgspec.structs.replace(record, state=ParkedState.RUNNING)
+            self._host.records.write(record)
         if record.was_running:
-            self._host.domains.resume(record.uuid)
+            try:
+                self._host.domains.resume(record.uuid)
+            except (HypervisorError, DeadlineError):
+                if self.facts(record.uuid).state is not GuestState.RUNNING:
+                    raise
         return record
 
     def blackout_ns(self, record: ParkedRecord) -> int | None:
