@@ -108,8 +108,8 @@ class Handover(Table, frozen=True, kw_only=True):
     way: Literal["save", "own-save"] = "own-save"
 
 
-#: A directory of this host.
-Directory = Annotated[
+#: A file or directory of this host.
+Place = Annotated[
     str,
     Meta(
         pattern=r"\A/[^\x00-\x1f\x7f]*\Z",
@@ -132,11 +132,13 @@ class Paths(Table, frozen=True, kw_only=True):
         ),
     ] = ""
     #: Where libvirt looks for hooks.
-    libvirt_hooks: Directory = "/etc/libvirt/hooks"
+    libvirt_hooks: Place = "/etc/libvirt/hooks"
     #: Where libvirt keeps images of saved guests.
-    libvirt_saves: Directory = "/var/lib/libvirt/qemu/save"
+    libvirt_saves: Place = "/var/lib/libvirt/qemu/save"
+    #: libvirt's settings of its QEMU driver.
+    qemu_conf: Place = "/etc/libvirt/qemu.conf"
     #: Where QEMUs are kept that guests may have to go back to; guests' users must reach it.
-    builds: Directory = "/var/lib/hostupdate-qemu"
+    builds: Place = "/var/lib/hostupdate-qemu"
 
 
 class Config(Table, frozen=True, kw_only=True):

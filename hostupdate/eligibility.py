@@ -20,7 +20,8 @@ from hostupdate.errors import InputError
 
 #: Names that mean another machine in each QEMU; microvm makes no promise from one to the next.
 _UNVERSIONED = {"pc", "q35", "virt", "pseries", "s390-ccw-virtio", "microvm"}
-_RAM_FILE_SYSTEMS = {"tmpfs", "hugetlbfs"}
+#: Their files are RAM.
+RAM_FILE_SYSTEMS = {"tmpfs", "hugetlbfs"}
 _SECURITY_DRIVERS = {"apparmor", "selinux"}
 
 _NAMED_FILE = "give it RAM in a shared file: <source type='file'/> and <access mode='shared'/>"
@@ -152,7 +153,7 @@ def _ram_blockers(backend: RamBackend) -> Iterator[Blocker]:
             f"{what} has lost its name (huge pages without a source file)",
             "replace <hugepages/> by <source type='file'/>, memory_backing_dir on hugetlbfs",
         )
-    elif backend.file_system not in _RAM_FILE_SYSTEMS and not backend.dax:
+    elif backend.file_system not in RAM_FILE_SYSTEMS and not backend.dax:
         yield _ram(
             f"{what} lies on {backend.file_system}, which writes it to a disk",
             "set memory_backing_dir to a directory on tmpfs or hugetlbfs, restart libvirtd",

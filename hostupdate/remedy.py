@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.parsers import expat
 
+import msgspec
+
+from hostupdate.eligibility import RAM_FILE_SYSTEMS
 from hostupdate.errors import InputError, RefusedError
 
 _MEMORY_BACKING = "domain/memoryBacking"
@@ -36,6 +39,59 @@ def remedy_changes(
         )
     setting = f'memory_backing_dir = "{memory_backing_dir}"'
     return _change_domain(domain_xml, on_hugetlbfs), _change_conf(qemu_conf, setting)
+
+
+def memory_backing_dir(qemu_conf: str) -> str | None:
+    """What a qemu.conf sets; None: nothing. The last of several lines counts."""
+    found = re.findall(
+        r'^[ \t]*memory_backing_dir[ \t]*=[ \t]*"([^"\n]*)"', qemu_conf, re.MULTILINE
+    )
+    return found[-1] if found else None
+
+
+class BackingDirectory(msgspec.Struct, frozen=True, kw_only=True):
+    """Where RAM files are to lie, or the place where that directory would be made.
+
+    ``total_bytes`` and ``free_bytes`` are None where the file system has no limit of its own;
+    ``foreign``: somebody who is not root decides what is there, or may before libvirt does.
+    """
+
+    path: str
+    file_system: str
+    dax: bool
+    noswap: bool
+    total_bytes: int | None
+    free_bytes: int | None
+    foreign: str = ""
+
+
+def judge_directory(
+    found: BackingDirectory, guest_bytes: int, swap_bytes: int
+) -> tuple[list[str], list[str]]:
+    """Why RAM files must not lie there, and what to mind where they may."""
+    reasons, warnings = [], []
+    if found.file_system not in RAM_FILE_SYSTEMS and not found.dax:
+        what = found.file_system or "no file system"
+        reasons.append(f"{found.path} is on {what}: a guest's RAM would be written to a disk")
+    elif found.foreign:
+        warnings.append(
+            f"{found.foreign}: who is there before libvirt, say after a boot, reads guests' RAM; "
+            f"write 'd {found.path} 0755 root root' to /etc/tmpfiles.d/hostupdate.conf"
+        )
+    if found.total_bytes is not None and found.total_bytes < guest_bytes:
+        reasons.append(
+            f"{found.path} holds {found.total_bytes >> 20} MiB, the guest has {guest_bytes >> 20}"
+        )
+    elif found.free_bytes is not None and found.free_bytes < guest_bytes:
+        warnings.append(
+            f"{found.path} has {found.free_bytes >> 20} MiB left, the guest needs "
+            f"{guest_bytes >> 20}: a guest whose RAM file cannot grow is killed"
+        )
+    if found.file_system == "tmpfs" and swap_bytes and not found.noswap:
+        warnings.append(
+            f"{found.path} may be swapped out: mount it with noswap (Linux 6.4), or swapoff"
+        )
+    return reasons, warnings
 
 
 def _change_conf(text: str, setting: str) -> str:

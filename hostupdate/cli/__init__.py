@@ -24,6 +24,7 @@ _VERBS = {
     "doctor": "Check what this host lacks, and say how to get it.",
     "guests": "Show the guests of this host and how each can be paused.",
     "lab": "Scratch guests to try things on.",
+    "prepare-guest": "Make a guest's RAM one that can stay in place while its QEMU is replaced.",
     "report": "Show what a run did.",
     "resume": "Finish or undo an interrupted run: every guest runs again.",
     "status": "Show whether a run holds the host, and how the last one ended.",
@@ -37,7 +38,7 @@ class _Verbs(click.Group):
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
         if name not in _VERBS:
             return None
-        command = import_module(f"hostupdate.cli.{name}").command
+        command = import_module(f"hostupdate.cli.{name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -196,13 +196,14 @@ def _have_hook_called(host: Host, uuid: str) -> bool:
 def eligibility(
     hypervisor: Hypervisor, guests: Sequence[LocatedGuest], config: Config
 ) -> Mapping[str, Eligibility]:
-    """Of each running guest, by uuid. A guest that cannot be asked is left out."""
+    """Of each running guest, by uuid. A guest that cannot be asked is left out: one that is frozen
+    answers nobody."""
     found = {}
     embedded = embedded_root(hypervisor.uri) is not None
     drivers = ram_backing.security_drivers()
     for located in guests:
         uuid, place = located.guest.uuid, located.place
-        if place is None:
+        if place is None or place.frozen:
             continue
         command = GuestCommand(hypervisor, uuid, config.deadlines.libvirt_ns)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from hostupdate.eligibility import RamBackend
+from hostupdate.remedy import BackingDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +43,13 @@ def _complete(backend: RamBackend, mountinfo: str, root: Path) -> RamBackend:
         backend,
         named=named,
         file_system=mount.file_system if mount else "",
-        dax=mount is not None and not {"dax", "dax=always"}.isdisjoint(mount.options),
+        dax=mount is not None and _is_dax(mount),
         noswap=mount is not None and "noswap" in mount.options,
     )
+
+
+def _is_dax(mount: Mount) -> bool:
+    return not {"dax", "dax=always"}.isdisjoint(mount.options)
 
 
 def mount_of(path: str, mountinfo: str) -> Mount | None:
@@ -61,6 +67,42 @@ def mount_of(path: str, mountinfo: str) -> Mount | None:
             options = frozenset([*fields[5].split(","), *tail[2].split(",")])
             found = Mount(point=point, file_system=tail[0], options=options)
     return found
+
+
+def backing_directory(path: Path) -> BackingDirectory:
+    """What RAM files would lie on in ``path``, which need not exist. OSError."""
+    real = path.resolve()
+    mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    mount = mount_of(str(real), mountinfo)
+    there = next(each for each in (real, *real.parents) if each.exists())
+    limits = os.statvfs(there)
+    # tmpfs and hugetlbfs without a limit count no blocks (mm/shmem.c, fs/hugetlbfs/inode.c).
+    limited = limits.f_blocks > 0
+    return BackingDirectory(
+        path=str(path),
+        file_system=mount.file_system if mount else "",
+        dax=mount is not None and _is_dax(mount),
+        noswap=mount is not None and "noswap" in mount.options,
+        total_bytes=limits.f_blocks * limits.f_frsize if limited else None,
+        free_bytes=limits.f_bavail * limits.f_frsize if limited else None,
+        foreign=_foreign(real),
+    )
+
+
+def _foreign(path: Path, tmpfiles: Path = Path("/etc/tmpfiles.d")) -> str:
+    """Who but root may decide what is at ``path``; empty: nobody. RAM forgets who made what at the
+    next boot, unless tmpfiles.d(5) makes it before anybody else can."""
+    made = any(str(path) in each.read_text(errors="replace") for each in tmpfiles.glob("*.conf"))
+    for above in reversed(path.parents):
+        try:
+            status = above.lstat()
+        except FileNotFoundError:
+            break
+        if status.st_uid != 0:
+            return f"{above} is not root's"
+        if status.st_mode & 0o002 and not made:
+            return f"everybody may write to {above}"
+    return f"{path} is not root's" if path.exists() and path.lstat().st_uid != 0 else ""
 
 
 def swap_bytes(swaps: Path = Path("/proc/swaps")) -> int:

@@ -21,7 +21,7 @@ from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.model import ExitCode
 from tests.requirements import need
 
-VERBS = ("apply", "doctor", "guests", "lab", "report", "resume", "status")
+VERBS = ("apply", "doctor", "guests", "lab", "prepare-guest", "report", "resume", "status")
 ESCAPE = "\x1b"
 
 

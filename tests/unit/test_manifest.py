@@ -122,7 +122,7 @@ IMPACTS = 'one of "auto", "handover", "kexec", "none", "pause"'
     [
         # the whole
         ("", "update", "missing", "a table [update]"),
-        (UPDATE, "", "the manifest is empty", "add a [[step]] or [packages]"),
+        (UPDATE, "", "the manifest is empty", "add a [[step]], [packages] or [qemu]"),
         ("update = 3", "update", "3 is not a table [update]", "a table [update]"),
         ("[[update]]", "update", "a list of 1 is not a table [update]", "a table [update]"),
         (STEP, "update", "missing", "a table [update]"),
@@ -130,7 +130,7 @@ IMPACTS = 'one of "auto", "handover", "kexec", "none", "pause"'
             UPDATE + STEP.replace("[[step]]", "[[steps]]"),
             "steps",
             'unknown key "steps"',
-            "did you mean step? valid keys: update, packages, step",
+            "did you mean step? valid keys: update, packages, qemu, step",
         ),
         # [update]
         ("[update]\n" + STEP, "update.name", "missing", NAME),

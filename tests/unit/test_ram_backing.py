@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -12,6 +14,7 @@ from hostupdate.eligibility import RamBackend
 from hostupdate.errors import HypervisorError
 from hostupdate.handover import inquiry
 from hostupdate.host import ram_backing
+from tests.requirements import need
 
 MOUNTS = """\
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw,errors=remount-ro
@@ -124,3 +127,32 @@ def test_a_qemu_is_asked_for_its_backends_and_blockers() -> None:
     )
     assert inquiry.blockers(command) == ("a device",)
     assert inquiry.block_jobs(command) == ("job0",)
+
+
+@pytest.mark.parametrize(
+    ("mode", "made", "foreign"),
+    [(0o755, "", False), (0o1777, "", True), (0o1777, "d {} 0755", False)],
+)
+def test_who_else_may_decide_where_ram_lies(
+    tmp_path: Path, mode: int, made: str, foreign: bool
+) -> None:
+    need("root")
+    base = Path(tempfile.mkdtemp(dir="/run"))  # every directory above is root's alone
+    try:
+        room = base / "room"
+        room.mkdir()
+        room.chmod(mode)
+        (tmp_path / "own.conf").write_text(made.format(room / "hostupdate"))
+        found = ram_backing._foreign(room / "hostupdate", tmp_path)
+        assert found == (f"everybody may write to {room}" if foreign else "")
+        os.chown(room, 65534, 65534)
+        assert ram_backing._foreign(room / "x", tmp_path) == f"{room} is not root's"
+        assert ram_backing._foreign(room, tmp_path) == f"{room} is not root's"
+    finally:
+        shutil.rmtree(base)
+
+
+def test_a_directory_that_is_not_there_yet_is_known_by_its_mount() -> None:
+    found = ram_backing.backing_directory(Path("/dev/shm/hu-not-there/below"))
+    assert found.file_system == "tmpfs" and found.path == "/dev/shm/hu-not-there/below"
+    assert found.total_bytes is None or found.total_bytes >= (found.free_bytes or 0) > 0

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import difflib
 
+import msgspec
 import pytest
 
 from hostupdate.errors import InputError, RefusedError
-from hostupdate.remedy import remedy_changes
+from hostupdate.remedy import (
+    BackingDirectory,
+    judge_directory,
+    memory_backing_dir,
+    remedy_changes,
+)
 
 DOMAIN = """\
 <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -126,3 +132,42 @@ def test_a_directory_that_qemu_conf_cannot_name_is_refused(directory: str) -> No
 def test_what_is_no_domain_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="domain XML"):
         remedy_changes(text, "", ROOM)
+
+
+@pytest.mark.parametrize(
+    ("conf", "directory"),
+    [("", None), (CONF, None), ('memory_backing_dir="/a"\n memory_backing_dir = "/b" # c\n', "/b")],
+)
+def test_the_directory_that_qemu_conf_names_is_found(conf: str, directory: str | None) -> None:
+    assert memory_backing_dir(conf) == directory
+
+
+GIB = 1 << 30
+TMPFS = BackingDirectory(
+    path=ROOM, file_system="tmpfs", dax=False, noswap=False, total_bytes=8 * GIB, free_bytes=4 * GIB
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "swap", "reason", "warning"),
+    [
+        ({}, 0, "", ""),
+        ({}, 1, "", "may be swapped out"),
+        ({"noswap": True}, 1, "", ""),
+        ({"file_system": "hugetlbfs"}, 1, "", ""),
+        ({"file_system": "ext4"}, 0, "is on ext4", ""),
+        ({"file_system": "ext4", "dax": True}, 0, "", ""),
+        ({"file_system": ""}, 0, "is on no file system", ""),
+        ({"free_bytes": GIB}, 0, "", "1024 MiB left, the guest needs 2048"),
+        ({"total_bytes": GIB, "free_bytes": 1}, 0, "holds 1024 MiB, the guest has 2048", ""),
+        ({"total_bytes": None, "free_bytes": None}, 0, "", ""),
+        ({"foreign": "everybody may write to /dev/shm"}, 0, "", "'d /dev/shm/hostupdate 0755"),
+    ],
+)
+def test_a_directory_is_judged(
+    changes: dict[str, object], swap: int, reason: str, warning: str
+) -> None:
+    found = judge_directory(msgspec.structs.replace(TMPFS, **changes), 2 * GIB, swap)
+    for texts, words in zip(found, (reason, warning), strict=True):
+        assert len(texts) == (1 if words else 0)
+        assert not words or words in texts[0]
