@@ -10,7 +10,7 @@ from hostupdate.handover.ports import Host
 from hostupdate.model import GuestState
 from hostupdate.parked import DomainFacts, ParkedRecord, ParkedState
 
-_ROOM_BYTES = 64 << 20
+ROOM_BYTES = 64 << 20
 
 
 def linked(host: Host, way: str, uuid: str, facts: DomainFacts) -> ParkedRecord:
@@ -41,8 +41,8 @@ def linked(host: Host, way: str, uuid: str, facts: DomainFacts) -> ParkedRecord:
             raise GuestError(
                 name, f"its image has no place in {place}: {error.strerror}"
             ) from error
-        if free.f_bavail * free.f_frsize < _ROOM_BYTES:
-            raise GuestError(name, f"its image needs {_ROOM_BYTES >> 20} MiB on {place}")
+        if free.f_bavail * free.f_frsize < ROOM_BYTES:
+            raise GuestError(name, f"its image needs {ROOM_BYTES >> 20} MiB on {place}")
     return ParkedRecord(
         run_id=host.run_id,
         boot_id=host.boot_id,

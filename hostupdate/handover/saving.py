@@ -55,7 +55,7 @@ class Saving:
             raise GuestError(facts.name, "libvirt's daemon does not call our hook", remedy=_RELOAD)
         self._host.records.write(record)
         try:
-            self._host.records.reserve(uuid, _ROOM_BYTES)
+            self._host.records.reserve(uuid, candidate.ROOM_BYTES)
             ram_store.link(record)
         except (GuestError, PrerequisiteError):
             self._host.records.remove(uuid)

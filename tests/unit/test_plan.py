@@ -6,8 +6,10 @@ import pytest
 
 from hostupdate.config import Config, decode_config
 from hostupdate.durations import MILLISECOND, SECOND
+from hostupdate.eligibility import Blocker, Eligibility
 from hostupdate.errors import RefusedError
 from hostupdate.guestpolicy import GuestPolicy
+from hostupdate.handing import HANDOVER_NS
 from hostupdate.manifest import Manifest, decode_manifest
 from hostupdate.model import (
     FreezeBy,
@@ -20,7 +22,9 @@ from hostupdate.model import (
     Protection,
 )
 from hostupdate.plan import make_plan
+from hostupdate.rivals import Rivals
 from hostupdate.skew import Watchdog
+from hostupdate.vitals import Vitals
 from tests.unit.fakes import located
 
 STEP = '[[step]]\nname = "{name}"\nphase = "{phase}"\nrun = ["true"]\n'
@@ -47,6 +51,9 @@ def plan(
     budget_ns: int | None = None,
     synchronised: bool = True,
     watchdogs: dict[str, Watchdog] | None = None,
+    rivals: Rivals | None = None,
+    vitals: dict[str, Vitals] | None = None,
+    eligible: dict[str, Eligibility] | None = None,
 ) -> Plan:
     return make_plan(
         what,
@@ -59,6 +66,9 @@ def plan(
         budget_ns=budget_ns,
         synchronised=synchronised,
         watchdogs=watchdogs,
+        rivals=rivals,
+        vitals=vitals,
+        eligible=eligible,
     )
 
 
@@ -139,10 +149,79 @@ def test_a_budget_that_leaves_no_time_to_resume_is_refused() -> None:
         plan(manifest('budget = "100ms"', step()))
 
 
-@pytest.mark.parametrize("impact", ["handover", "kexec"])
-def test_what_this_version_cannot_do_is_refused(impact: str) -> None:
-    with pytest.raises(RefusedError, match=f"impact {impact}: this version"):
-        plan(manifest(f'impact = "{impact}"', step()))
+def test_what_this_version_cannot_do_is_refused() -> None:
+    with pytest.raises(RefusedError, match="impact kexec: this version"):
+        plan(manifest('impact = "kexec"', step()))
+
+
+# ---- handover
+
+FINE = Eligibility(blockers=(), warnings=(Blocker(reason="its VNC drops", remedy=""),))
+
+
+def handed(*steps: str, eligible: dict[str, Eligibility] | None = None, **options: object) -> Plan:
+    text = '[update]\nname = "u"\n[qemu]\nprogram = "/opt/qemu"\n' + "".join(steps)
+    guests = (located("a"), located("b", state=GuestState.SHUTOFF), located("c"))
+    if eligible is None:
+        eligible = {"uuid-a": FINE, "uuid-c": FINE}
+    return plan(decode_manifest(text.encode(), "m"), *guests, eligible=eligible, **options)
+
+
+def test_guests_are_handed_over_one_after_the_other() -> None:
+    made = handed(step("stage", "install"), step("finish", "tidy"))
+    assert (made.judged, made.actual, made.method) == (Impact.HANDOVER, Impact.HANDOVER, None)
+    assert [guest.name for guest in made.paused] == ["a", "c"]
+    assert [(action.kind, action.step or action.guest) for action in made.actions] == [
+        ("keep-qemu", ""),
+        ("step", "install"),
+        ("warm", ""),
+        ("rehearse", "uuid-a"),
+        ("rehearse", "uuid-c"),
+        ("clocks-before", ""),
+        ("prepare", ""),
+        ("watch", ""),
+        ("recheck", ""),
+        *((kind, f"uuid-{name}") for name in "ac" for kind in ("park", "unpark", "commit")),
+        ("clocks", ""),
+        ("clear", ""),
+        ("verify", ""),
+        ("step", "tidy"),
+    ]
+    assert "guest a: its VNC drops" in made.warnings
+
+
+def test_steps_of_the_blackout_find_every_qemu_gone() -> None:
+    made = handed(step(name="modules", timeout='"2s"'))
+    dark = [action.step or action.kind for action in made.actions if action.phase is Phase.BLACKOUT]
+    assert dark == ["park", "park", "modules", "unpark", "unpark", "commit", "commit"]
+    assert made.predicted_blackout_ns == 2 * HANDOVER_NS + 2 * SECOND
+
+
+def test_a_guest_that_cannot_be_handed_over_refuses_the_update() -> None:
+    bad = Eligibility(
+        blockers=(Blocker(reason="its RAM is private", remedy="give it files"),), warnings=()
+    )
+    with pytest.raises(RefusedError, match=r"guest c: its RAM is private \(give it files\)"):
+        handed(eligible={"uuid-a": FINE, "uuid-c": bad})
+    with pytest.raises(RefusedError, match="guest c: whether it can be handed over is not known"):
+        handed(eligible={"uuid-a": FINE})
+
+
+def test_a_handover_that_may_last_longer_than_the_budget_is_refused() -> None:
+    with pytest.raises(RefusedError, match="budget is 1 s"):
+        handed(budget_ns=SECOND)
+
+
+def test_an_impact_of_handover_alone_puts_the_same_qemu_under_guests_anew() -> None:
+    made = plan(
+        manifest('impact = "handover"', step(timeout='"1s"')),
+        located("a"),
+        eligible={"uuid-a": FINE},
+    )
+    assert made.actual is Impact.HANDOVER
+    assert "the QEMU that is installed then" in next(
+        action.title for action in made.actions if action.kind == "unpark"
+    )
 
 
 def test_reboot_packages_and_the_ceiling_are_all_named_in_one_refusal() -> None:
@@ -271,3 +350,37 @@ def test_links_are_held_only_if_asked() -> None:
 def test_a_guest_that_wants_to_approve_is_not_asked_and_that_is_said() -> None:
     made = plan(manifest("", step()), located("a", policy=GuestPolicy(needs_approval=True)))
     assert any("guest a wants to approve" in text for text in made.warnings)
+
+
+# ---- who else acts, and guests that are not well
+
+
+def test_others_are_held_still_first_and_let_go_last() -> None:
+    rivals = Rivals(
+        units=("libvirt-guests.service",), autostart_marker="/run/m", inhibit=True, notes=("n",)
+    )
+    made = plan(manifest("", step("stage"), step(), step("finish", "t")), rivals=rivals)
+    assert (kinds(made)[0], kinds(made)[-1]) == ("guard", "unguard")
+    for words in ("libvirt-guests", "autostart", "a shutdown of the host"):
+        assert words in made.actions[0].title
+    assert "n" in made.warnings
+    assert "guard" not in kinds(plan(manifest("", step()), rivals=Rivals()))
+
+
+def test_a_package_manager_at_work_refuses_the_update() -> None:
+    with pytest.raises(RefusedError, match="dpkg is held"):
+        plan(manifest("", step()), rivals=Rivals(busy=("dpkg is held by pid 7",)))
+
+
+def test_a_guest_that_is_not_well_refuses_the_update_that_would_pause_it() -> None:
+    sick = {"uuid-b": Vitals(job="backup")}
+    with pytest.raises(RefusedError, match="guest b: libvirt's job 'backup'"):
+        plan(manifest("", step()), vitals=sick)
+    assert plan(manifest("", step("stage")), vitals=sick).actual is Impact.NONE
+
+
+def test_a_silent_agent_is_a_warning() -> None:
+    made = plan(manifest("", step()), vitals={"uuid-b": Vitals(agent=False)})
+    assert any(
+        warning.startswith("guest b: its agent does not answer") for warning in made.warnings
+    )
