@@ -359,7 +359,7 @@ def test_others_are_held_still_first_and_let_go_last() -> None:
     rivals = Rivals(
         units=("libvirt-guests.service",), autostart_marker="/run/m", inhibit=True, notes=("n",)
     )
-    made = plan(manifest("", step("stage"), step(), step("finish", "t")), rivals=rivals)
+    made = plan(manifest("", step("stage", "f"), step(), step("finish", "t")), rivals=rivals)
     assert (kinds(made)[0], kinds(made)[-1]) == ("guard", "unguard")
     for words in ("libvirt-guests", "autostart", "a shutdown of the host"):
         assert words in made.actions[0].title
