@@ -24,6 +24,7 @@ import pytest
 from hostupdate.handover import builds
 from hostupdate.handover.builds import Build
 from hostupdate.handover.records import ParkedRecords
+from hostupdate.lab import console
 from hostupdate.parked import ParkedRecord, ParkedState
 from tests.functional import faults
 from tests.functional.cli import Ended, keepers
@@ -331,6 +332,25 @@ def test_images_that_are_not_as_they_were(bench: Bench, spoil: str) -> None:
     resumed = bench.resume()
     assert resumed is not None and resumed.code == 0, resumed.out
     bench.assert_each_runs_once(before)
+
+
+def test_what_is_parked_can_be_given_up(bench: Bench) -> None:
+    """Where neither its image nor its copy is left; its owner can start it then."""
+    with standing(bench, "park.end") as run:
+        record = run.record
+        for path in (Path(record.image), Path(record.guard)):
+            path.write_bytes(b"")
+    assert_stays_parked(bench, run, record, "no image of it is intact")
+    wrong = bench.lab.run("resume", "--discard", "nobody")
+    assert wrong.code == 1 and "'nobody' is parked" in wrong.err
+    discarded = bench.lab.run("resume", "--discard", record.name)
+    assert discarded.code == 0, (discarded.out, discarded.err)
+    assert not bench.interrupted and record.name not in bench.pids()
+    bench.made.lab.console(record.name).unlink()
+    assert virsh(bench, "start", record.name).returncode == 0
+    log = bench.made.lab.console(record.name)
+    console.wait_ready(log, time.monotonic_ns() + 60_000_000_000)
+    bench.assert_each_runs_once(bench.pids())
 
 
 def test_a_full_ram_directory(bench: Bench) -> None:
