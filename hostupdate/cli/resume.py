@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +53,14 @@ _THAW_NS = 1_000_000_000
 
 
 @click.command("resume")
+@click.option(
+    "--discard",
+    metavar="GUEST",
+    help="Give up what is parked of a guest, as after a power failure; its owner can start it.",
+)
 @global_options
 @pass_settings
-def command(settings: Settings) -> None:
+def command(settings: Settings, discard: str | None) -> None:
     """Finish or undo an interrupted run: every guest that it paused runs again.
 
     Guests first, then their clocks; then the steps of the update that had run are undone, or,
@@ -67,6 +72,8 @@ def command(settings: Settings) -> None:
     lock = journal.lock("resume", wait_ns=_LOCK_NS)
     try:
         record = journal.pending() or _of_parked(settings)
+        if discard is not None:
+            _discard(settings, discard)
         if record is None:
             if settings.json:
                 print_json({"schema": SCHEMA, "run_id": None, "report": None})
@@ -152,7 +159,7 @@ class _Recovery:
             unfinished=self._result.unfinished,
             warnings=self._result.warnings,
         )
-        self._parked = bool(problems)
+        self._parked = bool(records.uuids())
 
     def _clear_up(self) -> None:
         from hostupdate.cli.handing_over import clear_up
@@ -287,6 +294,25 @@ class _Recovery:
             console.print(f"run {run_id} was interrupted; {end}{names}")
         elif not (running or result.problems or self._warnings):
             console.print(f"run {run_id} had nothing left to be resumed or undone")
+
+
+def _discard(settings: Settings, name: str) -> None:
+    """InputError: no guest of that name is parked."""
+    records = ParkedRecords(settings.state)
+    for uuid in records.uuids():
+        parked = records.read(uuid)
+        if parked is not None and name in (uuid, parked.name):
+            from hostupdate.cli.handing_over import give_up
+
+            config = settings.load_config()
+            timeout_ns = config.deadlines.libvirt_ns
+            with closing(Hypervisor(parked.uri, timeout_ns=timeout_ns)) as hypervisor:
+                give_up(settings, config, hypervisor, parked)
+            return
+    raise InputError(
+        "command line", "--discard", f"no guest {name!r} is parked",
+        remedy="`hostupdate status` names those that are",
+    )  # fmt: skip
 
 
 def _of_parked(settings: Settings) -> PendingRecord | None:

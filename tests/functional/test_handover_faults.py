@@ -24,6 +24,7 @@ import pytest
 from hostupdate.handover import builds
 from hostupdate.handover.builds import Build
 from hostupdate.handover.records import ParkedRecords
+from hostupdate.lab import console
 from hostupdate.parked import ParkedRecord, ParkedState
 from tests.functional import faults
 from tests.functional.cli import Ended, keepers
@@ -65,6 +66,7 @@ builds = "{base}/builds"
 [clock]
 trust-host = true
 timeout = "3s"
+tolerance = "2s"
 [deadlines]
 libvirt = "5s"
 keeper-grace = "500ms"
@@ -148,6 +150,11 @@ def made() -> Iterator[Bench]:
 def bench(made: Bench) -> Iterator[Bench]:
     """Both guests run, nothing is pending, no mark is there."""
     made.made.daemon.ensure()
+    for name in set(made.lab.names) - made.pids().keys():  # as a failed case may have left it
+        for path in (made.state / "parked").glob("*"):
+            path.unlink()
+        shutil.rmtree(made.state / "hook", ignore_errors=True)
+        virsh(made, "managedsave-remove", name)
     if len(made.pids()) < len(made.lab.names):
         made.made.replenish()
         made.learn_uuids()
@@ -327,9 +334,31 @@ def test_images_that_are_not_as_they_were(bench: Bench, spoil: str) -> None:
     bench.assert_each_runs_once(before)
 
 
+def test_what_is_parked_can_be_given_up(bench: Bench) -> None:
+    """Where neither its image nor its copy is left; its owner can start it then."""
+    with standing(bench, "park.end") as run:
+        record = run.record
+        for path in (Path(record.image), Path(record.guard)):
+            path.write_bytes(b"")
+    assert_stays_parked(bench, run, record, "no image of it is intact")
+    wrong = bench.lab.run("resume", "--discard", "nobody")
+    assert wrong.code == 1 and "'nobody' is parked" in wrong.err
+    discarded = bench.lab.run("resume", "--discard", record.name)
+    assert discarded.code == 0, (discarded.out, discarded.err)
+    assert not bench.interrupted and record.name not in bench.pids()
+    bench.made.lab.console(record.name).unlink()
+    assert virsh(bench, "start", record.name).returncode == 0
+    log = bench.made.lab.console(record.name)
+    console.wait_ready(log, time.monotonic_ns() + 60_000_000_000)
+    bench.assert_each_runs_once(bench.pids())
+
+
 def test_a_full_ram_directory(bench: Bench) -> None:
     before = bench.pids()
     ram = bench.base / "ram"
+    for path in ram.glob("libvirt/qemu/*/*"):  # what a guest has never touched would have no room
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     with standing(bench, "park.end") as run:
         room = os.statvfs(ram)
         with (ram / "full").open("wb") as file:
@@ -348,7 +377,8 @@ def test_a_hook_that_is_gone(bench: Bench, daemon: str) -> None:
         if daemon == "is restarted":
             bench.made.daemon.end()
             bench.made.daemon.ensure()
-    assert run.ended.code in (0, 30, 40), run.ended.out
+    resumed = bench.resume()  # on a slow machine the budget may be over
+    assert run.ended.code != 50 and (resumed is None or resumed.code == 0), run.ended.out
     bench.assert_each_runs_once(before)
 
 
@@ -426,10 +456,11 @@ def test_a_new_qemu_that_does_not_load(bench: Bench, number: int, code: int) -> 
 def test_a_new_qemu_that_ends_before_the_guest_is_let_run(bench: Bench) -> None:
     """It comes back under the old one."""
     before = bench.pids()
-    with standing(bench, "unpark.end"):
+    with standing(bench, "unpark.end") as run:
         pids = bench.pids()
         name = next(name for name in pids if pids[name] != before[name])
         faults.kill_pid(pids[name])
+    assert run.ended.code == 40, run.ended.out
     bench.assert_each_runs_once(before)
 
 
