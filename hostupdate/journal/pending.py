@@ -16,6 +16,9 @@ import msgspec
 from hostupdate.errors import InputError, PrerequisiteError
 from hostupdate.model import PENDING_SCHEMA, PendingRecord
 
+#: Its name in the state directory.
+PENDING = "pending.json"
+
 
 class _Envelope(msgspec.Struct, frozen=True):
     """``sha256`` is of the bytes of ``record`` as they stand in the file."""
