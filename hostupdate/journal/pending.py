@@ -90,7 +90,9 @@ def remove_pending(path: Path) -> None:
 def _damaged(path: Path, field: str, problem: str) -> InputError:
     return InputError(
         str(path), field, problem,
-        remedy=f"see with virsh list that every guest runs, then remove it: rm {path}",
+        # A frozen guest is one that runs, by libvirt's account.
+        remedy="see with `hostupdate guests` that every guest runs and none is frozen, "
+        f"then remove it: rm {path}",
     )  # fmt: skip
 
 

@@ -132,6 +132,7 @@ def test_a_damaged_record_is_an_error_that_names_it(journal: Journal, content: b
         journal.pending()
     assert error.value.source == str(path)
     assert f"rm {path}" in error.value.remedy
+    assert "frozen" in error.value.remedy, "virsh list tells of a frozen guest that it runs"
 
 
 def test_any_change_of_the_record_is_noticed(journal: Journal) -> None:
