@@ -271,9 +271,8 @@ class Run:
         self._attempt("shortening the record", self._forget)
 
     def _forget(self) -> None:
-        """Recovery must know the guests as long as `hostupdate resume` has something to do."""
-        if not self._pause.unresumed():
-            self._shelter.forget()
+        """Recovery must know the guests that `hostupdate resume` has something to do for."""
+        self._shelter.forget(self._pause.unresumed())
 
     def _guard(self, _action: Action) -> None:
         self._report.reasons += self._shelter.hold()

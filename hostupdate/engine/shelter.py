@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from hostupdate.config import Config
@@ -81,11 +83,16 @@ class Shelter:
             )
         )
 
-    def forget(self) -> None:
-        """Every guest runs: there is nothing about them that recovery must know."""
+    def forget(self, left: Sequence[str] = ()) -> None:
+        """Recovery need not know of guests that run: their owners may pause them from now on. Those
+        of ``left`` (names) do not run yet."""
         journal = self._hands.journal
         if journal.pending.guests:
-            journal.pend(msgspec.structs.replace(journal.pending, guests=(), memory_min={}))
+            guests = tuple(guest for guest in journal.pending.guests if guest.name in left)
+            memory_min = journal.pending.memory_min if left else {}
+            journal.pend(
+                msgspec.structs.replace(journal.pending, guests=guests, memory_min=memory_min)
+            )
 
     def isolate(self, _action: Action) -> None:
         """Gives guests a cgroup of their own. GuestError names the first that got none."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from hostupdate.errors import InputError, PrerequisiteError
 from hostupdate.journal.database import Database
 from hostupdate.journal.lock import PROBE_NS, RUNTIME, HostLock, holder, refuse_writable_by_others
-from hostupdate.journal.pending import read_pending, remove_pending
+from hostupdate.journal.pending import PENDING, read_pending, remove_pending
 from hostupdate.journal.run import RunJournal, decode
 from hostupdate.model import REPORT_SCHEMA, PendingRecord, Plan, Report
 
@@ -37,10 +37,11 @@ class Journal:
         self.state = state
         self._runtime = runtime
         self._database = state / "journal.db"
-        self._pending = state / "pending.json"
+        self._pending = state / PENDING
 
     def lock(self, run_id: str, wait_ns: int = PROBE_NS) -> HostLock:
-        """Takes the host for a run. BusyError names the run that still has it after ``wait_ns``."""
+        """Takes the host for a run. BusyError names the run that still has it after ``wait_ns``,
+        RefusedError one in another state directory that was interrupted."""
         return HostLock(self._runtime, run_id, self.state, wait_ns)
 
     def holder(self) -> str | None:

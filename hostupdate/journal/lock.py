@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from hostupdate.errors import BusyError, PrerequisiteError
+from hostupdate.errors import BusyError, PrerequisiteError, RefusedError
+from hostupdate.journal.pending import PENDING
 
 #: On a file system that ends with the boot, as the kernel's lock does.
 RUNTIME = Path("/run/hostupdate")
@@ -33,7 +34,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 class HostLock:
     """Held from construction to :meth:`release`; the kernel drops it when its process dies.
 
-    BusyError names the run that still holds the host after ``wait_ns``.
+    BusyError names the run that still holds the host after ``wait_ns``; RefusedError one that died
+    and was not recovered, where its state directory is another than ``state``.
     """
 
     def __init__(self, runtime: Path, run_id: str, state: Path, wait_ns: int = PROBE_NS) -> None:
@@ -53,14 +55,27 @@ class HostLock:
             raise _unusable(path, error) from error
         try:
             self._take(wait_ns)
+            self._refuse_interrupted(state)
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, msgspec.json.encode(own), 0)
         except OSError as error:
             os.close(self._fd)
             raise _unusable(path, error) from error
-        except BusyError:
+        except (BusyError, RefusedError):
             os.close(self._fd)
             raise
+
+    def _refuse_interrupted(self, state: Path) -> None:
+        """The one before may have died with guests paused: whoever looks into another directory
+        would not know, and take them for paused by their owners."""
+        before = _read(self._fd)
+        if before is None or before.state == str(state):
+            return
+        if (Path(before.state) / PENDING).exists():
+            raise RefusedError(
+                [f"{before}, was interrupted: guests may be paused"],
+                remedy=f"run `hostupdate --state {before.state} resume` first",
+            )
 
     def _take(self, wait_ns: int) -> None:
         deadline_ns = time.monotonic_ns() + wait_ns

@@ -16,6 +16,9 @@ import msgspec
 from hostupdate.errors import InputError, PrerequisiteError
 from hostupdate.model import PENDING_SCHEMA, PendingRecord
 
+#: Its name in the state directory.
+PENDING = "pending.json"
+
 
 class _Envelope(msgspec.Struct, frozen=True):
     """``sha256`` is of the bytes of ``record`` as they stand in the file."""
@@ -87,7 +90,9 @@ def remove_pending(path: Path) -> None:
 def _damaged(path: Path, field: str, problem: str) -> InputError:
     return InputError(
         str(path), field, problem,
-        remedy=f"see with virsh list that every guest runs, then remove it: rm {path}",
+        # A frozen guest is one that runs, by libvirt's account.
+        remedy="see with `hostupdate guests` that every guest runs and none is frozen, "
+        f"then remove it: rm {path}",
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hostupdate.errors import BusyError, InputError, JournalError, PrerequisiteError
+from hostupdate.errors import BusyError, InputError, JournalError, PrerequisiteError, RefusedError
 from hostupdate.journal import Journal, RunJournal, database, pending
 from hostupdate.journal.database import MIGRATIONS, Database
 from hostupdate.model import (
@@ -132,6 +132,7 @@ def test_a_damaged_record_is_an_error_that_names_it(journal: Journal, content: b
         journal.pending()
     assert error.value.source == str(path)
     assert f"rm {path}" in error.value.remedy
+    assert "frozen" in error.value.remedy, "virsh list tells of a frozen guest that it runs"
 
 
 def test_any_change_of_the_record_is_noticed(journal: Journal) -> None:
@@ -496,6 +497,21 @@ def test_the_lock_is_free_once_its_holder_is_dead(journal: Journal) -> None:
         finally:
             other.kill()
     journal.lock("mine").release()
+
+
+def test_a_run_that_died_in_another_directory_is_recovered_first(
+    journal: Journal, tmp_path: Path
+) -> None:
+    other = Journal(tmp_path / "other", tmp_path / "run")
+    run = begin(journal)
+    journal.lock("r1").release()
+    for _ in range(2):
+        with pytest.raises(RefusedError, match=r"run r1, .*interrupted") as error:
+            other.lock("r2")
+        assert error.value.remedy == f"run `hostupdate --state {journal.state} resume` first"
+    journal.lock("resume").release()
+    run.end()
+    other.lock("r2").release()
 
 
 def test_whoever_can_wait_gets_the_lock_when_it_is_released(journal: Journal) -> None:

@@ -309,6 +309,18 @@ def test_guests_that_nobody_could_resume_are_left_to_hostupdate_resume(
         assert any(reason.startswith(f"guest {name}: ") for reason in report.reasons)
 
 
+def test_a_guest_that_runs_is_not_left_to_it_with_the_others(world: World, fake: FakeHands) -> None:
+    """Its owner may have paused it by the time that somebody resumes them."""
+    world.on["run one"] = lambda: setattr(world, "silent", True)
+    place = located("b").place
+    assert place is not None
+    world.fail[f"monitor {place.pid}"] = HypervisorError("taken")
+    report = run(fake)
+    assert report.exit_code == ExitCode.GUEST_LOST
+    assert world.armed is not None
+    assert [guest.name for guest in world.armed.guests] == ["b"]
+
+
 def test_an_undo_that_brings_libvirt_back_is_followed_by_another_try(
     world: World, fake: FakeHands
 ) -> None:
