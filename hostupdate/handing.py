@@ -11,7 +11,7 @@ from hostupdate.manifest import Manifest
 from hostupdate.model import Action, Phase, PlannedGuest
 
 #: What one guest may take from its stop to its run. Measured were 0.75 to 0.95 s on a quiet host
-#: and up to 3.9 s on an overloaded one (docs/how-handover-works.md).
+#: and up to 3.9 s on an overloaded one (docs/handover.md).
 HANDOVER_NS = 4_000_000_000
 
 
