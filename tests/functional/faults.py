@@ -323,8 +323,10 @@ def happen(
             return ended
         case "restart libvirtd":  # as systemd does
             bench.made.daemon.end()
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(1)
             bench.made.daemon.ensure()
-            return go_on()
+            return bench.end(process)
         case "kill QEMU":
             kill_pid(before[bench.lab.names[-1]])
             return go_on()
