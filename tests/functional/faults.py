@@ -193,7 +193,7 @@ class Bench:
         """The promise: each guest runs exactly once, its memory intact, nothing of ours is left."""
         expected = {name: pid for name, pid in before.items() if name != lost}
         now = self.pids()
-        assert now.keys() == expected.keys() if self.handed else now == expected
+        assert now.keys() == expected.keys() if self.handed else now == expected, (now, before)
         running = Lab(self.made.lab.run, tuple(expected))
         running.assert_healthy()
         assert set(self.states(expected).values()) == {libvirt.VIR_DOMAIN_RUNNING}
@@ -218,7 +218,7 @@ class Bench:
             self.base / "builds",
         )
         left = [str(p) for place in places for p in place.rglob("*") if not p.is_dir()]
-        assert not left
+        assert not left, left
         assert not [
             p for p in (self.base / "ram").rglob("*") if p.is_file() and p.stat().st_nlink > 1
         ]
@@ -334,8 +334,10 @@ def happen(
             return ended
         case "restart libvirtd":  # as systemd does
             bench.made.daemon.end()
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(1)
             bench.made.daemon.ensure()
-            return go_on()
+            return bench.end(process)
         case "kill QEMU":
             kill_pid(before[bench.lab.names[-1]])
             return go_on()
