@@ -87,6 +87,9 @@ class Outcomes:
                 f"libvirt does not answer after the update; {', '.join(silent)} run"
             )
         self._compare_vitals()
+        for guest in self._paused_reports():  # that look takes its time
+            if not self._lives(guest):
+                raise GuestError(guest.name, self._observe(guest))
 
     def _compare_vitals(self) -> None:
         guests = self._paused_reports()

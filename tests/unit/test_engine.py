@@ -535,6 +535,23 @@ def test_an_agent_that_does_not_answer_after_the_update_degrades_it(
     assert "undo one" not in world.log
 
 
+def test_a_guest_that_dies_while_it_is_looked_at_is_not_called_well(
+    world: World, fake: FakeHands
+) -> None:
+    place = located("a").place
+    assert place is not None
+
+    class Deadly(dict[str, Vitals]):
+        def get(self, _uuid: str, well: Vitals) -> Vitals:  # type: ignore[override]
+            world.dead.add(place.pid)
+            return well
+
+    world.vitals = Deadly()
+    report = run(fake)
+    assert report.exit_code == ExitCode.GUEST_LOST
+    assert any(f"guest a: its QEMU, pid {place.pid}, is gone" in text for text in report.reasons)
+
+
 # ---- the journal
 
 
