@@ -240,6 +240,7 @@ class PendingRecord(msgspec.Struct, frozen=True, kw_only=True):
     memory_min: dict[str, str] = {}  #: cgroup path -> value to restore
     host_offset_ns: int | None = None  #: the host's CLOCK_REALTIME minus CLOCK_MONOTONIC
     guests: tuple[ArmedGuest, ...] = ()
+    armed: bool = False  #: some of them may be paused: their owners have no part in it
     rehearsing: str = ""  #: uuid of the guest whose device state is being taken
     held: Held | None = None  #: what keeps others from acting, to be let go
 

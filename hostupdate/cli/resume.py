@@ -34,7 +34,13 @@ from hostupdate.engine.recovery import (
     recover,
 )
 from hostupdate.engine.unwind import Unwind
-from hostupdate.errors import DeadlineError, HostUpdateError, HypervisorError, InputError
+from hostupdate.errors import (
+    BusyError,
+    DeadlineError,
+    HostUpdateError,
+    HypervisorError,
+    InputError,
+)
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.agent import Agents
 from hostupdate.guests.links import Links
@@ -83,6 +89,8 @@ def command(settings: Settings, discard: str | None) -> None:
             else:
                 out().print("nothing to resume: no run was interrupted")
             return
+        if processes.is_same(record.pid, record.started) and record.boot_id == processes.boot_id():
+            raise BusyError(f"run {record.run_id}, pid {record.pid}, which lives")
         recovery = _Recovery(settings, journal, record)
         recovery.execute()
     finally:

@@ -123,7 +123,7 @@ class Outcomes:
             )
         # Once the first guest of a handover has moved on the update stays, whatever others meet.
         looks = not committed or self._plan.actual is Impact.HANDOVER
-        self._lost = self._lost_guests() if looks else {}
+        self._lost = self._lost_guests() if looks else self._dead_guests()
         self._lost |= {g.name: parked[g.uuid] for g in self._paused_reports() if g.uuid in parked}
         lost = [f"guest {name}: {problem}" for name, problem in self._lost.items()]
         report.reasons += [text for text in lost if text not in report.reasons]
@@ -170,6 +170,14 @@ class Outcomes:
             if state is not GuestState.PAUSED or time.monotonic_ns() >= deadline_ns:
                 return state
             time.sleep(0.02)
+
+    def _dead_guests(self) -> dict[str, str]:
+        """Of an update that is in place: who died after it was verified."""
+        return {
+            guest.name: f"its QEMU, pid {self._hands.places[guest.uuid].pid}, is gone"
+            for guest in self._paused_reports()
+            if not self._lives(guest)
+        }
 
     def _lost_guests(self) -> dict[str, str]:
         problems = self._pause.problems()

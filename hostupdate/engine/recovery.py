@@ -58,6 +58,7 @@ def recover(record: PendingRecord, hands: RecoveryHands, timeout_ns: int) -> Rec
         ended = "its QEMU ended with the host's last boot"
         return Recovered(problems={guest.name: ended for guest in record.guests})
     faults.point("resume.guests")
+    stopped = record.armed and record.method is PauseMethod.STOP
     problems: dict[str, str] = {}
     alive: list[ArmedGuest] = []
     for guest in record.guests:
@@ -80,13 +81,13 @@ def recover(record: PendingRecord, hands: RecoveryHands, timeout_ns: int) -> Rec
     held = [guest for guest in alive if guest.links]
     hypervisor: RecoveryHypervisor | None = None
     away = ""
-    if record.method is PauseMethod.STOP or held:
+    if stopped or held:
         try:
             hypervisor = hands.hypervisor()
         except HostUpdateError as error:
             away = str(error)
     unresumed: dict[str, str] = {}
-    if record.method is PauseMethod.STOP:
+    if stopped:
         unresumed = _resume(alive, hypervisor, away, hands, timeout_ns)
     problems = _connect(held, hypervisor, away, hands) | unresumed | problems
     return Recovered(

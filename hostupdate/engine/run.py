@@ -7,6 +7,8 @@ import os
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from hostupdate import faults
 from hostupdate.config import Config
 from hostupdate.engine.clocks import GuestClocks
@@ -155,7 +157,9 @@ class Run:
         self._telling.release()
         self._telling.phase(phase, paused=paused)
         if paused:
-            self._hands.journal.blackout(on=True)
+            journal = self._hands.journal
+            journal.pend(msgspec.structs.replace(journal.pending, armed=True))
+            journal.blackout(on=True)
         phases.append(PhaseReport(name=phase, start_ns=time.monotonic_ns()))
         if paused:
             if self._plan.method is not None:

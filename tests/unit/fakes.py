@@ -344,7 +344,7 @@ class FakeJournal:
         )  # fmt: skip
 
     def pend(self, record: PendingRecord) -> None:
-        if record.guests:
+        if record.guests and not self.pending.guests:
             self._world.note("record")
         self.pending = record
         self._world.armed = record if record.guests else None

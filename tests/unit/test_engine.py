@@ -589,3 +589,25 @@ def test_every_action_is_written_down_before_it_begins_and_after_it_ended(
     kinds = [kind for kind, _ in world.records]
     assert kinds.index(Kind.BLACKOUT) < kinds.index(Kind.COMMITTED)
     assert world.ended
+
+
+def test_a_guest_that_dies_after_the_update_was_verified_is_named(
+    world: World, fake: FakeHands
+) -> None:
+    guests = (located("a"), located("b"))
+    assert guests[1].place is not None
+    pid = guests[1].place.pid
+    world.on["run tidy"] = lambda: world.dead.add(pid)
+    report = run(fake, guests=guests)
+    assert report.exit_code == ExitCode.GUEST_LOST
+    assert f"guest b: its QEMU, pid {pid}, is gone" in report.reasons
+
+
+def test_that_guests_may_be_paused_is_written_down_before_any_is(
+    world: World, fake: FakeHands
+) -> None:
+    seen = []
+    world.on["arm"] = lambda: seen.append(world.armed is not None and world.armed.armed)
+    world.on["keeper"] = lambda: seen.append(world.armed is not None and world.armed.armed)
+    run(fake)
+    assert seen == [False, True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from hostupdate.config import Config
@@ -51,6 +52,7 @@ def record(method: PauseMethod = PauseMethod.FREEZE, *names: str) -> PendingReco
         pid=1,
         started=1,
         method=method,
+        armed=True,
         cgroup2="/fake",
         memory_min={"/m": "0"},
         guests=guests,
@@ -160,6 +162,13 @@ def test_stopped_guests_are_thawed_first_then_resumed(host: Host) -> None:
     ]  # fmt: skip
 
 
+def test_guests_that_the_run_had_not_come_to_stop_are_left_as_their_owners_have_them(
+    host: Host,
+) -> None:
+    assert host.recover(msgspec.structs.replace(record(STOP), armed=False)) == {}
+    assert not [entry for entry in host.log if entry.startswith(("resume", "prepare"))]
+
+
 def test_recovering_twice_resumes_once(host: Host) -> None:
     assert host.recover(record(STOP)) == {}
     host.log.clear()
@@ -264,8 +273,6 @@ def test_a_guest_that_stays_frozen_is_not_said_to_run(host: Host) -> None:
 
 
 def test_after_a_boot_of_the_host_no_pid_is_touched(host: Host) -> None:
-    import msgspec
-
     armed = msgspec.structs.replace(record(STOP), boot_id="another")
     assert set(host.recover(armed)) == {"a", "b"}
     assert host.log == []

@@ -33,7 +33,7 @@ def record(method: PauseMethod, *links: tuple[str, ...]) -> PendingRecord:
         for n, macs in enumerate(links)
     )  # fmt: skip
     return PendingRecord(
-        run_id="r", boot_id="boot", uri="test", pid=1, started=1, method=method,
+        run_id="r", boot_id="boot", uri="test", pid=1, started=1, armed=True, method=method,
         libvirt_timeout_ns=1, cgroup2=None, guests=guests,
     )  # fmt: skip
 
