@@ -7,9 +7,13 @@ and ``virsh start``; called through the library, without virsh's start-up, on th
 its RESUME, both as QEMU said. The guest's RAM is full of stamped pages, verified all the time, and
 each QEMU has all of it mapped before it ends: what has been mapped must be unmapped.
 
+Then ``hostupdate apply`` as it is, with its rehearsals and digests of RAM, for several guests one
+after the other.
+
 ``HOSTUPDATE_BENCH_GIB`` are the guests' sizes (``0.5,2,4,8``), ``HOSTUPDATE_BENCH_PAGES`` is
 ``4K,2M`` for RAM on a tmpfs and on a hugetlbfs; for the latter the kernel is asked for huge pages,
-which it gets back at the end. Nothing is asserted about speed.
+which it gets back at the end. ``HOSTUPDATE_BENCH_GUESTS`` are the numbers of guests for ``apply``
+(``1,2,4``). Nothing is asserted about speed.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import linear_regression, median
 
@@ -37,6 +42,7 @@ from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.saving import Saving
 from hostupdate.lab import console
 from hostupdate.lab.domain import Witness
+from tests.functional.cli import Lab
 from tests.functional.conftest import make_cache
 from tests.functional.daemon import DaemonLab
 from tests.functional.handover import host_of, pid_of
@@ -44,6 +50,7 @@ from tests.functional.parked_guest import Parked, wait
 from tests.requirements import need
 
 SIZES = [float(gib) for gib in os.environ.get("HOSTUPDATE_BENCH_GIB", "0.5").split(",")]
+COUNTS = [int(count) for count in os.environ.get("HOSTUPDATE_BENCH_GUESTS", "1").split(",")]
 PAGES = os.environ.get("HOSTUPDATE_BENCH_PAGES", "4K").split(",")
 #: How RAM files are kept, and what one page of them is.
 _MOUNTS = {"4K": ("tmpfs", "size=100%,mode=755"), "2M": ("hugetlbfs", "pagesize=2M,mode=755")}
@@ -57,6 +64,8 @@ HEAD = (
     "pages", "guest", "stamped", "rounds", "save", "own-save", "managedsave + start", "image",
     "managedsave/save", "managedsave/own-save", "load",
 )  # fmt: skip
+APPLY = "a guest's blackout in hostupdate apply, guests of 0.5 GiB one after the other"
+APPLY_HEAD = ("guests", "runs", "a guest's blackout", "each in turn, medians", "a run", "load")
 SLOPES = "a guest's blackout, for each GiB more: slope of the medians"
 WAYS = ("save", "own-save", "managedsave")
 #: (pages, way) -> (GiB, median in ns) of each size.
@@ -87,7 +96,7 @@ class Bench:
 
     def blackout_ns(self, way: str) -> int:
         """Of one turn; the guest is as before, and on its own RAM."""
-        self._map_all()
+        map_all(self._guest.name, self._guest.uuid)
         os.sync()
         found = self.ways[way]()
         self._guest.assert_as_if_nothing_had_been()
@@ -128,22 +137,23 @@ class Bench:
         wait(lambda: resumed() > 0)
         return resumed()
 
-    def _map_all(self) -> None:
-        """As with a guest that has used its RAM since its QEMU began."""
-        pid = pid_of(self._guest.uuid)
-        assert pid is not None
-        ram = ram_store.find(self._guest.name, self._guest.uuid, pid)
-        inodes = {file.inode for file in ram.files}
-        mapped = 0
-        with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
-            for line in maps:
-                span, _modes, _offset, _device, inode, *_ = line.split(maxsplit=5)
-                if int(inode) in inodes:
-                    first, end = (int(part, 16) for part in span.split("-"))
-                    memory.seek(first)
-                    while memory.tell() < end:
-                        mapped += len(memory.read(min(_CHUNK, end - memory.tell())))
-        assert mapped >= ram.size_bytes
+
+def map_all(name: str, uuid: str) -> None:
+    """As with a guest that has used its RAM since its QEMU began."""
+    pid = pid_of(uuid)
+    assert pid is not None
+    ram = ram_store.find(name, uuid, pid)
+    inodes = {file.inode for file in ram.files}
+    mapped = 0
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
+        for line in maps:
+            span, _modes, _offset, _device, inode, *_ = line.split(maxsplit=5)
+            if int(inode) in inodes:
+                first, end = (int(part, 16) for part in span.split("-"))
+                memory.seek(first)
+                while memory.tell() < end:
+                    mapped += len(memory.read(min(_CHUNK, end - memory.tell())))
+    assert mapped >= ram.size_bytes
 
 
 @pytest.fixture(params=SIZES, ids=lambda gib: f"{gib:g}G")
@@ -169,10 +179,11 @@ def pages(request: pytest.FixtureRequest, gib: float) -> Iterator[str]:
         _HUGE.write_text(str(before))
 
 
-@pytest.fixture
-def bench(pages: str, gib: float) -> Iterator[Bench]:
+@contextmanager
+def _guests(pages: str, gib: float, count: int) -> Iterator[DaemonLab]:
     need("root", "qemu", "libvirt", "lab")
     base = Path(tempfile.mkdtemp(prefix="hu-b-", dir="/var/tmp"))
+    base.chmod(0o755)
     (base / "state").mkdir(mode=0o700)
     ram = base / "ram"
     ram.mkdir()
@@ -180,18 +191,24 @@ def bench(pages: str, gib: float) -> Iterator[Bench]:
     subprocess.run(["mount", "-t", kind, "-o", options, "hu", ram], check=True)
     try:
         made = DaemonLab(
-            base, make_cache(base / "state"), guests=1, ram=ram,
+            base, make_cache(base / "state"), guests=count, ram=ram,
             memory_bytes=int(gib * (1 << 30)), witness=Witness(fill="90%"),
         )  # fmt: skip
         try:
-            hypervisor = Hypervisor(made.daemon.uri, timeout_ns=20 * SECOND)
-            yield Bench(_parked(made, hypervisor), hypervisor)
-            hypervisor.close()
+            yield made
         finally:
             made.remove()
     finally:
         subprocess.run(["umount", "--lazy", ram], check=True)
         shutil.rmtree(base)
+
+
+@pytest.fixture
+def bench(pages: str, gib: float) -> Iterator[Bench]:
+    with _guests(pages, gib, 1) as made:
+        hypervisor = Hypervisor(made.daemon.uri, timeout_ns=20 * SECOND)
+        yield Bench(_parked(made, hypervisor), hypervisor)
+        hypervisor.close()
 
 
 def _parked(made: DaemonLab, hypervisor: Hypervisor) -> Parked:
@@ -269,3 +286,50 @@ def _note_slopes() -> None:
             rows.append((pages, *(f"{slope / 1e6:.1f} ms/GiB" for slope in slopes)))
     if rows:
         conftest.TABLES[SLOPES] = [("pages", *WAYS), *rows]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("count", COUNTS)
+def test_by_apply(benchmark: BenchmarkFixture, tmp_path: Path, count: int) -> None:
+    need("cgroup2")
+    runs = max(1, min(5, conftest.rounds() // 10))
+    manifest = tmp_path / "update.toml"
+    manifest.write_text('[update]\nname = "qemu"\n[qemu]\n')
+    took: list[list[int]] = []
+    loads: list[float] = []
+    with _guests("4K", 0.5, count) as made:
+        base = made.daemon.base
+        config = base / "hostupdate.toml"
+        config.write_text(
+            f'[paths]\nlibvirt-hooks = "{base}/etc/hooks"\nlibvirt-saves = "{base}/lib/qemu/save"\n'
+            f'builds = "{base}/builds"\n[clock]\ntrust-host = true\n'
+        )
+        program = made.lab.run.with_options("--config", str(config))
+        lab = Lab(program, made.lab.names)
+
+        def ready() -> None:
+            lab.assert_healthy()
+            for guest in program("guests", "--json").data["guests"]:
+                map_all(guest["name"], guest["uuid"])
+            os.sync()
+            loads.append(os.getloadavg()[0])
+
+        def apply() -> None:
+            ended = lab.apply(manifest)
+            assert ended.code == 0, ended.data["reasons"]
+            took.append([guest["blackout_ns"] for guest in ended.data["guests"]])
+
+        benchmark.pedantic(apply, setup=ready, rounds=runs)
+        lab.assert_healthy()
+
+    benchmark.extra_info |= {"guests": count, "blackout_ns": took, "load": loads}
+    conftest.TABLES.setdefault(APPLY, [APPLY_HEAD]).append(
+        (
+            str(count),
+            str(runs),
+            _cell([each for run in took for each in run]),
+            ", ".join(format_duration(round(median(each))) for each in zip(*took, strict=True)),
+            format_duration(round(benchmark.stats.stats.median * SECOND)),
+            f"{min(loads):.1f} - {max(loads):.1f}",
+        )
+    )
