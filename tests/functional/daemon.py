@@ -15,12 +15,15 @@ from pathlib import Path
 from hostupdate.cli.lab import LabGuests
 from hostupdate.guests import Hypervisor
 from hostupdate.lab import accelerator, fleet, image
+from hostupdate.lab.domain import Witness
 from tests.functional.cli import Lab, Program
 
 _START_S = 60
 _LISTEN_NS = 5_000_000_000
 _CALL_NS = 20_000_000_000
 _MEMORY = 192 << 20
+_BOOT_NS = 90_000_000_000
+_STAMP_NS_PER_BYTE = 30
 
 #: Each start makes the namespace anew; the directories are the same, so that a libvirtd finds the
 #: guests of the one before. The script ends when libvirtd answers.
@@ -141,12 +144,22 @@ class Daemon:
 class DaemonLab:
     """Lab guests on a libvirtd of their own; ``ram`` is the directory of their RAM's files."""
 
-    def __init__(self, base: Path, cache: Path, guests: int, ram: Path | None = None) -> None:
+    def __init__(
+        self,
+        base: Path,
+        cache: Path,
+        guests: int,
+        ram: Path | None = None,
+        *,
+        memory_bytes: int = _MEMORY,
+        witness: Witness | None = None,
+    ) -> None:
         built = image.build(cache)
         acceleration = accelerator.probe(built, cache)
         self.daemon = Daemon(base, hide_kvm=acceleration.kind != "kvm", ram=ram)
         self._guests, self._image, self._acceleration = guests, built, acceleration
         self._ram_in_files = ram is not None
+        self._memory_bytes, self._witness = memory_bytes, witness
         self._state = base / "state"
         self._root = self._state / "lab"
         self._root.mkdir(parents=True)
@@ -168,10 +181,12 @@ class DaemonLab:
                 LabGuests(hypervisor),
                 self._root,
                 self._guests,
-                _MEMORY,
+                self._memory_bytes,
                 image=self._image,
                 acceleration=self._acceleration,
+                witness=self._witness,
                 ram_in_files=self._ram_in_files,
+                timeout_ns=_BOOT_NS + _STAMP_NS_PER_BYTE * self._memory_bytes,
             )
         finally:
             hypervisor.close()
