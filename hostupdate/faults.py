@@ -5,6 +5,8 @@
     HOSTUPDATE_FAULT=freeze.end=fail       it raises FaultError
     HOSTUPDATE_FAULT=freeze.end=stop       the process stops as by SIGSTOP, for a test to kill it,
                                            to break something around it, or to let it go on
+    HOSTUPDATE_FAULT=park.end@2=fail       at the second time that it is there, and at no other;
+                                           without a number that is the first
 
 Places in the engine are ``KIND.begin`` and ``KIND.end`` for each kind of action (``step:NAME`` for
 steps), in the recovery ``resume.WHAT``. The C core has its own, compiled in only where
@@ -18,7 +20,9 @@ import signal
 
 from hostupdate.errors import HostUpdateError
 
-_PLACE, _, _MODE = os.environ.get("HOSTUPDATE_FAULT", "").partition("=")
+_WHERE, _, _MODE = os.environ.get("HOSTUPDATE_FAULT", "").partition("=")
+_PLACE, _, _TIME = _WHERE.partition("@")
+_times = 0
 
 
 class FaultError(HostUpdateError):
@@ -27,7 +31,11 @@ class FaultError(HostUpdateError):
 
 def point(place: str) -> None:
     """Does what was asked for at this place, and nothing where nothing was."""
+    global _times
     if place != _PLACE:
+        return
+    _times += 1
+    if _times != int(_TIME or 1):
         return
     if _MODE == "fail":
         raise FaultError(f"fault at {place}")
