@@ -104,6 +104,8 @@ class CCore(HostClock):
         self._grace_ns = config.deadlines.keeper_grace_ns
         self._handles: list[GuestHandle] = []
         self._recovery = [sys.executable, "-m", "hostupdate", "--state", str(settings.state)]
+        if settings.config is not None:  # where hooks lie, and what was kept of QEMU
+            self._recovery += ["--config", str(settings.config)]
         self._recovery.append("resume")
 
     def open_guests(self, guests: Sequence[tuple[str, int, str | None]]) -> PausedSet:
