@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ class HandoverHand:
         facts = self._way.facts(uuid)
         if pid is None:
             raise GuestError(facts.name, "its QEMU process was not found")
-        scratch = self._host.records.directory.parent / "rehearsal"
+        scratch = _scratch(self._host.records.directory.parent)
         scratch.mkdir(mode=0o700, exist_ok=True)
         command = GuestCommand(self._hypervisor, uuid, self._timeout_ns)
         target = Path(self._target(uuid))
@@ -243,9 +244,19 @@ def bring_back(
                 running.append(name)
             except HostUpdateError as error:
                 problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
-    if not problems:
-        _remove_idle(Path(config.paths.builds))
     return problems, running
+
+
+def clear_up(state: Path, config: Config) -> None:
+    """Removes what an interrupted run has left of rehearsals and of QEMUs that it kept; no guest is
+    parked any more."""
+    shutil.rmtree(_scratch(state), ignore_errors=True)
+    _remove_idle(Path(config.paths.builds))
+
+
+def _scratch(state: Path) -> Path:
+    """Where a rehearsal's QEMU lives."""
+    return state / "rehearsal"
 
 
 def end_rehearsal(hypervisor: Hypervisor, uuid: str) -> None:

@@ -41,7 +41,7 @@ from hostupdate.host.cgroups import Cgroups
 from hostupdate.host.guard import Guard
 from hostupdate.host.survivors import Survivors
 from hostupdate.journal import Journal, RunJournal
-from hostupdate.model import ArmedGuest, ExitCode, PendingRecord, Report
+from hostupdate.model import ArmedGuest, ExitCode, Impact, PendingRecord, Report
 from hostupdate.unwinding import Kind
 
 SCHEMA = "hostupdate-resume-v1"
@@ -149,6 +149,11 @@ class _Recovery:
         )
         self._parked = bool(problems)
 
+    def _clear_up(self) -> None:
+        from hostupdate.cli.handing_over import clear_up
+
+        clear_up(self._settings.state, self._config())
+
     def _config(self) -> Config:
         """The update may have broken it."""
         try:
@@ -179,6 +184,8 @@ class _Recovery:
             self._correct_clocks()
             self.report.reasons.append("`hostupdate resume` let its guests run")
             self.report.reasons += [f"guest {n}: {p}" for n, p in self._result.problems.items()]
+        if plan is not None and plan.actual is Impact.HANDOVER and not self._parked:
+            self._attempt("clearing up", self._clear_up)
         faults.point("resume.unwound")
         held = self._let_go()
         if self.report is not None:

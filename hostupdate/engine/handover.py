@@ -66,6 +66,11 @@ class Handover:
         """Keeps the QEMUs that guests run under now."""
         self._port.keep([*self._names])
 
+    def drop_kept(self) -> None:
+        """The undo of it, and its end. What a parked guest may need stays."""
+        if self._names and not self._problems:
+            self._port.drop_kept()
+
     def warm(self, _action: Action) -> None:
         """libvirt learns what the new QEMU can; it would do so in the blackout else."""
         self._port.warm([*self._names])
@@ -182,8 +187,7 @@ class Handover:
                 del self._records[uuid]
             except HostUpdateError as error:
                 self._degrade(f"guest {self._names[uuid]}: not cleared up: {error}")
-        if self._names and not self._problems:
-            self._port.drop_kept()
+        self.drop_kept()
         self.end_watch()
 
     def let_run(self) -> None:

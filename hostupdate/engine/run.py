@@ -73,7 +73,7 @@ class Run:
             "release": (self._release, None),
             "verify": (self._verify, None),
             "unguard": (self._unguard, None),
-            "keep-qemu": (handover.keep_qemu, None),
+            "keep-qemu": (handover.keep_qemu, lambda _: handover.drop_kept()),
             "warm": (handover.warm, None),
             "rehearse": (handover.rehearse, None),
             "prepare": (handover.prepare, lambda _: handover.abort()),
