@@ -180,7 +180,7 @@ class _Recovery:
             self._unwind.execute()
             self._warnings += self._unwind.problems
             conclude(self.report, self._result, self._unwind)
-        elif self.report is not None and record.guests:
+        elif self.report is not None and (record.guests or self._told):
             self._correct_clocks()
             self.report.reasons.append("`hostupdate resume` let its guests run")
             self.report.reasons += [f"guest {n}: {p}" for n, p in self._result.problems.items()]
