@@ -96,6 +96,11 @@ class ParkedRecord(msgspec.Struct, frozen=True, kw_only=True):
     stopped_monotonic_ns: int | None = None
     stopped_realtime_ns: int | None = None
 
+    @property
+    def moved_on(self) -> bool:
+        """It was let run under its new QEMU, or may have been; not under the old one again."""
+        return self.state is ParkedState.RUNNING and self.new_emulator != self.old_emulator
+
 
 class _Sealed(msgspec.Struct, kw_only=True):
     schema: str

@@ -130,6 +130,9 @@ class HandoverHand:
                 time.sleep(0.05)
         return self._way.prepare(uuid)
 
+    def latest(self, record: ParkedRecord) -> ParkedRecord | None:
+        return self._host.records.read(record.uuid)
+
     def park(self, record: ParkedRecord) -> ParkedRecord:
         return self._way.park(record)
 
@@ -148,7 +151,8 @@ class HandoverHand:
         return parts.hexdigest()
 
     def unpark(self, record: ParkedRecord) -> ParkedRecord:
-        return self._way.unpark(record, self._program or None)
+        program = self._program if self._program != record.old_emulator else ""
+        return self._way.unpark(record, program or None)
 
     def rollback(self, record: ParkedRecord) -> ParkedRecord:
         """Under the very QEMU that it ran under: where its place has another now, the kept one."""
@@ -240,7 +244,8 @@ def bring_back(
                 kept = _kept(config, again.old_emulator) if again is not None else None
                 if again is None or kept is None:
                     raise first
-                recover(host, again, str(kept.wrapper))
+                again = msgspec.structs.replace(again, old_emulator=str(kept.wrapper))
+                recover(host, again, again.old_emulator)
                 running.append(name)
             except HostUpdateError as error:
                 problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)

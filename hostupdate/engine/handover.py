@@ -48,6 +48,7 @@ class Handover:
         self._records: dict[str, ParkedRecord] = {}
         self._digests: dict[str, str] = {}
         self._problems: dict[str, str] = {}
+        self._gone_on: set[str] = set()
         self._keeper: KeeperPort | None = None
         self._armed = False
         self.keeper_problem = ""
@@ -146,6 +147,7 @@ class Handover:
 
     def _let_go(self, uuid: str) -> None:
         self._records[uuid] = self._port.commit(self._records[uuid])
+        self._gone_on.add(uuid)
         report = self._reports[uuid]
         measured_ns = self._port.blackout_ns(self._records[uuid])
         stopped_ns = self._records[uuid].stopped_monotonic_ns
@@ -160,10 +162,13 @@ class Handover:
         return _GivingUp(self, uuid)
 
     def gave_up(self, uuid: str, error: HostUpdateError) -> bool:
-        """Brings the guest back. Whether the run goes on: some other guest has moved on."""
+        """Brings the guest back. Whether the run goes on: some guest has moved on."""
         self._back(uuid)
         if not self.committed:
             return False
+        if uuid in self._gone_on and self._records[uuid].moved_on:
+            self._reports[uuid].notes.append(f"it runs under its new QEMU, after {error}")
+            return True
         self._given_up = True
         self._degrade(
             f"{error}; it and those after it stay under their old QEMU; guests that have been let "
@@ -178,7 +183,7 @@ class Handover:
         """Removes what the handover needed. Never raises for a guest's sake."""
         for uuid, record in list(self._records.items()):
             try:
-                if record.state is ParkedState.RUNNING:
+                if record.state is ParkedState.RUNNING and uuid not in self._problems:
                     self._port.finish(record)
                 elif record.state is ParkedState.LINKED:
                     self._port.abort(record)
@@ -197,19 +202,29 @@ class Handover:
         self.disarm()
 
     def _back(self, uuid: str) -> None:
-        record = self._records[uuid]
         name = self._names[uuid]
         try:
-            if record.state is ParkedState.LINKED:
+            record = self._port.latest(self._records[uuid])  # an error may have come after a write
+            if record is None or uuid in self._gone_on:
+                return
+            self._records[uuid] = record
+            if record.state is ParkedState.RUNNING:  # it may run: its image is history
+                self.committed = self.committed or record.moved_on
+                self._let_go(uuid)
+            elif record.state is ParkedState.LINKED:
                 self._port.abort(record)
                 del self._records[uuid]
             elif record.state in (ParkedState.SAVED, ParkedState.STRIPPED):
                 self._records[uuid] = self._port.rollback(record)
                 self._let_go(uuid)
                 self._reports[uuid].notes.append("it is under its old QEMU again")
+            self._problems.pop(uuid, None)
         except HostUpdateError as error:
-            self._problems[uuid] = f"it stays parked: {error}"
-            self._degrade(f"guest {name}: {self._problems[uuid]}; run `hostupdate resume`")
+            running = self._records[uuid].state is ParkedState.RUNNING
+            stays = "it may stand still under its QEMU" if running else "it stays parked"
+            if uuid not in self._problems:
+                self._degrade(f"guest {name}: {stays}: {error}; run `hostupdate resume`")
+            self._problems[uuid] = f"{stays}: {error}"
 
     def abort(self) -> None:
         """The undo of :meth:`prepare`."""
@@ -228,7 +243,7 @@ class Handover:
         """No guest is parked, or none that could be helped by the keeper."""
         if self._keeper is None or not self._armed:
             return
-        if any(r.state in (ParkedState.SAVED, ParkedState.STRIPPED) for r in self._open()):
+        if self.dark:
             return
         self._armed = False
         try:
@@ -237,8 +252,11 @@ class Handover:
         except CoreError as error:
             self.keeper_problem = f"the keeper did not answer at the end of a blackout: {error}"
 
-    def _open(self) -> list[ParkedRecord]:
-        return [record for uuid, record in self._records.items() if uuid not in self._problems]
+    @property
+    def dark(self) -> bool:
+        """Some guest is parked, or paused under its new QEMU; those that stay so do not count."""
+        held = (ParkedState.SAVED, ParkedState.STRIPPED)
+        return any(r.state in held for u, r in self._records.items() if u not in self._problems)
 
     def end_watch(self, _action: Action | None = None) -> None:
         """Ends the keeper. Safe to repeat."""

@@ -168,7 +168,7 @@ class GuardPort(Protocol):
 
 class HandoverPort(Protocol):
     """Guests under another QEMU. ``park`` and ``unpark`` as in handover.ports.Way; records come
-    back as they were written last."""
+    back as they were written last; after an error ``latest`` reads them."""
 
     def keep(self, uuids: Sequence[str]) -> None:
         """Keeps the QEMUs of these guests, whatever happens to the host's packages."""
@@ -182,6 +182,9 @@ class HandoverPort(Protocol):
         QEMU's version."""
 
     def prepare(self, uuid: str) -> ParkedRecord: ...
+    def latest(self, record: ParkedRecord) -> ParkedRecord | None:
+        """None: it has been removed."""
+
     def park(self, record: ParkedRecord) -> ParkedRecord: ...
     def digest(self, record: ParkedRecord) -> str: ...
     def unpark(self, record: ParkedRecord) -> ParkedRecord: ...

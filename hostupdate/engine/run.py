@@ -99,9 +99,12 @@ class Run:
             if not self._committed:
                 self._commit()
         except BaseException as error:  # a bug of ours included: guests run before all else
-            if self._committed:
+            if self._committed or self._handover.committed:
+                self._committed = True
                 self._outcomes.degrade(_words(error))
                 self._attempt("letting guests run", self._handover.let_run)
+                if self._handover.began:
+                    self._attempt("setting clocks", self._correct_clocks)
                 self._attempt("clearing up", self._handover.clear)
                 self._attempt("letting others act", self._shelter.let_go)
             else:
@@ -112,6 +115,7 @@ class Run:
         self._attempt("host clock", self._conclude_host)
         self._attempt("versions", self._versions_after)
         self._attempt("output of steps", self._outcomes.collect_steps)
+        self._attempt("looking at guests", self._learn_places)
         self._outcomes.conclude(self._committed, self._handover.problems())
         self._end()
         return self._report
@@ -207,7 +211,7 @@ class Run:
 
     def _commit(self) -> None:
         """The update stays."""
-        self._hands.journal.note(Kind.COMMITTED)
+        self._note(Kind.COMMITTED, None, must=not self._handover.committed)
         self._committed = True
 
     # ---- the actions that are not one hand's own
@@ -236,7 +240,8 @@ class Run:
         self._correct_clocks(self._pause.deadline_ns if held else None)
 
     def _correct_clocks(self, limit_ns: int | None = None) -> None:
-        for text, wrong in self._clocks.correct(limit_ns, skip=self._pause.problems()):
+        skip = {**self._pause.problems(), **self._handover.problems()}
+        for text, wrong in self._clocks.correct(limit_ns, skip=skip):
             if wrong or self._config.clock.require:
                 self._outcomes.degrade(text)
             else:
@@ -246,12 +251,14 @@ class Run:
         self._handover.commit(action)
         if self._handover.committed and not self._committed:
             self._commit()
-        self._learn_places()
-        self._telling.release()  # no guest is parked, or they all were and run
-        self._telling.hold()
+        if not self._handover.dark:
+            self._telling.release()
+            self._telling.hold()
 
     def _learn_places(self) -> None:
         """Guests have come under other processes."""
+        if not self._handover.began:
+            return
         for located in self._hands.inventory():
             if located.place is not None:
                 self._hands.places[located.guest.uuid] = located.place
@@ -275,6 +282,7 @@ class Run:
         self._attempt("letting others act", self._shelter.let_go)
 
     def _verify(self, _action: Action) -> None:
+        self._attempt("looking at guests", self._learn_places)
         self._outcomes.verify()
         if self._pause.keeper_problem:
             self._outcomes.degrade(self._pause.keeper_problem)
@@ -293,7 +301,6 @@ class Run:
         self._attempt("letting guests run", self._pause.let_run)
         if self._handover.began:
             self._attempt("letting guests run", self._handover.let_run)
-            self._attempt("looking at guests", self._learn_places)
         if self._pause.began or self._handover.began:
             self._attempt("setting clocks", self._correct_clocks)
         self._end_phase()

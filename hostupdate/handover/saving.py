@@ -171,11 +171,22 @@ class Saving:
         return self.unpark(record, record.old_emulator)
 
     def commit(self, record: ParkedRecord) -> ParkedRecord:
-        """Lets the guest run, if it did before. No way back from here."""
-        record = msgspec.structs.replace(record, state=ParkedState.RUNNING)
-        self._host.records.write(record)
+        """Lets the guest run, if it did before. No way back from here. Safe to repeat.
+
+        GuestError: its QEMU has ended before that, and it is parked as before. Any other error:
+        its record tells whether it may run.
+        """
+        if record.state is not ParkedState.RUNNING:
+            if not self.facts(record.uuid).active:
+                raise self._still_parked(record, "its QEMU has ended before it was let run")
+            record = msgspec.structs.replace(record, state=ParkedState.RUNNING)
+            self._host.records.write(record)
         if record.was_running:
-            self._host.domains.resume(record.uuid)
+            try:
+                self._host.domains.resume(record.uuid)
+            except (HypervisorError, DeadlineError):
+                if self.facts(record.uuid).state is not GuestState.RUNNING:
+                    raise
         return record
 
     def blackout_ns(self, record: ParkedRecord) -> int | None:
