@@ -118,7 +118,9 @@ class Outcomes:
                 f"the blackout was {format_duration(report.blackout_ns or 0)}, "
                 f"the budget {format_duration(self._plan.budget_ns)}"
             )
-        self._lost = {} if committed else self._lost_guests()
+        # Once the first guest of a handover has moved on the update stays, whatever others meet.
+        looks = not committed or self._plan.actual is Impact.HANDOVER
+        self._lost = self._lost_guests() if looks else {}
         self._lost |= {g.name: parked[g.uuid] for g in self._paused_reports() if g.uuid in parked}
         for name, problem in self._lost.items():
             report.reasons.append(f"guest {name}: {problem}")
