@@ -25,7 +25,7 @@ from hostupdate.handover.hook import Hook
 from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import ParkedRecords
-from hostupdate.handover.recovery import recover
+from hostupdate.handover.recovery import Recovered, recover
 from hostupdate.handover.saving import Saving
 from hostupdate.host import processes, ram_backing
 from hostupdate.host.memory import SAMPLE_PAGES
@@ -224,11 +224,13 @@ def _mark(program: str) -> str:
 
 def bring_back(
     settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str
-) -> tuple[dict[str, str], list[str]]:
-    """Recovers every guest that has a parked record: problems by guest, and those that run."""
+) -> tuple[dict[str, str], list[str], bool]:
+    """Recovers every guest that has a parked record: problems by guest, those that run, and
+    whether one of them had been let run under its new QEMU."""
     host = parking_host(settings, config, hypervisor, run_id)
     problems: dict[str, str] = {}
     running = []
+    moved = False
     for uuid in host.records.uuids():
         name = uuid
         try:
@@ -236,7 +238,8 @@ def bring_back(
             if record is None:
                 continue
             name = record.name
-            recover(host, record)
+            found = recover(host, record)
+            moved = moved or (found is Recovered.COMMITTED and record.moved_on)
             running.append(name)
         except HostUpdateError as first:
             try:
@@ -249,7 +252,7 @@ def bring_back(
                 running.append(name)
             except HostUpdateError as error:
                 problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
-    return problems, running
+    return problems, running, moved
 
 
 def clear_up(state: Path, config: Config) -> None:

@@ -96,6 +96,7 @@ class _Recovery:
         self._warnings: list[str] = []
         self._told: list[str] = []
         self._parked = False  #: some guest is, still
+        self._moved = False  #: some guest had been let run under its new QEMU
         self.report: Report | None = None
 
     @property
@@ -138,7 +139,9 @@ class _Recovery:
             if self._record.rehearsing:
                 end_rehearsal(hypervisor, self._record.rehearsing)
             config = self._config()
-            problems, told = bring_back(self._settings, config, hypervisor, self._record.run_id)
+            problems, told, self._moved = bring_back(
+                self._settings, config, hypervisor, self._record.run_id
+            )
         except HostUpdateError as error:
             problems = {"(all that are parked)": str(error)}
         self._told += told
@@ -165,6 +168,8 @@ class _Recovery:
     def _finish(self, run: RunJournal) -> None:
         record = self._record
         plan = run.plan()
+        if self._moved:  # the run died before it could say so
+            self._attempt("journal", lambda: run.note(Kind.COMMITTED))
         records = run.records()
         self.report = run.report()
         self._attempt("journal", lambda: run.note(Kind.RECOVERING) if plan else None)
