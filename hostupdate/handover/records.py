@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -28,10 +29,29 @@ class ParkedRecords:
         """Where the image lies that a QEMU can load; there only while one does."""
         return self.directory / f"{uuid}.loadable"
 
+    def spare(self, uuid: str) -> Path:
+        """Room on the disk that is given up where there is no other: a guest that is parked must
+        not wait for an operator to make some."""
+        return self.directory / f"{uuid}.spare"
+
+    def reserve(self, uuid: str, size_bytes: int) -> None:
+        """Takes that room. PrerequisiteError: there is not so much."""
+        path = self.spare(uuid)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, size_bytes)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise _no_room(path, error) from error
+
     def write(self, record: ParkedRecord) -> None:
         """Replaces the guest's record as a whole; on disk when it returns. PrerequisiteError:
         the one before is still there."""
-        store(self.path(record.uuid), encode_parked(record))
+        store(self.path(record.uuid), encode_parked(record), spare=self.spare(record.uuid))
 
     def read(self, uuid: str) -> ParkedRecord | None:
         """A guest's record; None where it has none. InputError: damaged, foreign, or of another
@@ -59,16 +79,31 @@ class ParkedRecords:
 
     def remove(self, uuid: str) -> None:
         """Removes the images, then the record. Safe to repeat."""
-        for path in (self.loadable(uuid), self.image(uuid), self.path(uuid)):
+        for path in (self.spare(uuid), self.loadable(uuid), self.image(uuid), self.path(uuid)):
+            _unfinished(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             sync_directory(self.directory)
 
 
-def store(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
+def store(
+    path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True, spare: Path | None = None
+) -> None:
     """Writes a file whole or not at all; on disk when it returns, where ``durable``. Makes its
-    directory, for us alone. PrerequisiteError: what was there before still is."""
-    temporary = path.with_name(path.name + ".new")
+    directory, for us alone. ``spare`` is removed where there is no room. PrerequisiteError: what
+    was there before still is."""
+    try:
+        _store(path, data, mode, durable)
+    except OSError as error:
+        if spare is not None and error.errno in (errno.ENOSPC, errno.EDQUOT) and spare.exists():
+            spare.unlink()
+            store(path, data, mode=mode, durable=durable)
+            return
+        raise _no_room(path, error) from error
+
+
+def _store(path: Path, data: bytes, mode: int, durable: bool) -> None:
+    temporary = _unfinished(path)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
@@ -83,12 +118,21 @@ def store(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True) -
         temporary.rename(path)
         if durable:
             sync_directory(path.parent)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             temporary.unlink()
-        raise PrerequisiteError(
-            f"{path} cannot be written: {error.strerror}", remedy=f"make room on {path.parent}"
-        ) from error
+        raise
+
+
+def _unfinished(path: Path) -> Path:
+    """The file before it is whole."""
+    return path.with_name(path.name + ".new")
+
+
+def _no_room(path: Path, error: OSError) -> PrerequisiteError:
+    return PrerequisiteError(
+        f"{path} cannot be written: {error.strerror}", remedy=f"make room on {path.parent}"
+    )
 
 
 def sync_directory(path: Path) -> None:

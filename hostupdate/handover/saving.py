@@ -25,6 +25,7 @@ from hostupdate.errors import (
     HostUpdateError,
     HypervisorError,
     ImageError,
+    PrerequisiteError,
 )
 from hostupdate.handover import domain, image, ram_store
 from hostupdate.handover.ports import Host
@@ -57,8 +58,9 @@ class Saving:
             raise GuestError(facts.name, "libvirt's daemon does not call our hook", remedy=_RELOAD)
         self._host.records.write(record)
         try:
+            self._host.records.reserve(uuid, _ROOM_BYTES)
             ram_store.link(record)
-        except GuestError:
+        except (GuestError, PrerequisiteError):
             self._host.records.remove(uuid)
             raise
         return record
@@ -101,7 +103,7 @@ class Saving:
         """Notes a guest that has been saved. GuestError: its image is not right."""
         data = self.checked(record, Path(record.guard))
         if record.guard != record.image:
-            store(Path(record.image), data)
+            store(Path(record.image), data, spare=self._host.records.spare(record.uuid))
         stamp = self._host.domains.stopped(record.uuid) if record.was_running else None
         record = msgspec.structs.replace(
             record,
@@ -126,7 +128,8 @@ class Saving:
             raise GuestError(record.name, f"{problem}; it stays parked")
         loadable = self._host.records.loadable(record.uuid)
         try:
-            store(loadable, _loadable(self._intact(record), emulator), durable=False)
+            data = _loadable(self._intact(record), emulator)
+            store(loadable, data, durable=False, spare=self._host.records.spare(record.uuid))
         except ImageError as error:
             raise GuestError(record.name, f"{error}; it stays parked") from error
         record = msgspec.structs.replace(record, state=ParkedState.STRIPPED, new_emulator=emulator)
