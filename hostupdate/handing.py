@@ -63,7 +63,9 @@ def handover_actions(
 
     stage, blackout, finish = Phase.STAGE, Phase.BLACKOUT, Phase.FINISH
     actions = [
-        action(stage, "keep-qemu", "keep the QEMU that guests run under now", "remove what is kept"),
+        action(
+            stage, "keep-qemu", "keep the QEMU that guests run under now", "remove what is kept"
+        ),
         *steps(stage),
         action(stage, "warm", f"have libvirt look at {under}"),
     ]

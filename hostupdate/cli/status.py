@@ -8,9 +8,11 @@ from rich.markup import escape
 from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import duration, out, print_error, print_json
 from hostupdate.errors import InputError
+from hostupdate.handover.records import ParkedRecords
 from hostupdate.host import processes
 from hostupdate.journal import Journal
 from hostupdate.model import PendingRecord
+from hostupdate.parked import ParkedState
 
 SCHEMA = "hostupdate-status-v1"
 
@@ -40,6 +42,8 @@ def command(settings: Settings) -> None:
     if pending is not None:
         names = ", ".join(guest.name for guest in pending.guests)
         paused = f"it may have paused {escape(names)}" if names else "it has paused no guest"
+        parked = _parked(settings)
+        paused = f"{escape(', '.join(parked))} is parked" if parked else paused
         if interrupted:
             console.print(
                 f"[bold red]run {pending.run_id} was interrupted[/]; {paused}; "
@@ -54,6 +58,22 @@ def command(settings: Settings) -> None:
             f"last run {last.run_id}: {escape(last.update)}: {last.outcome} "
             f"(exit {int(last.exit_code)}), blackout {duration(last.blackout_ns)}"
         )
+
+
+def _parked(settings: Settings) -> list[str]:
+    """Guests that have no QEMU, or one that has not been let run; a record that cannot be read is
+    of one."""
+    records = ParkedRecords(settings.state)
+    found = []
+    for uuid in records.uuids():
+        try:
+            record = records.read(uuid)
+        except InputError:
+            found.append(uuid)
+            continue
+        if record is not None and record.state is not ParkedState.LINKED:
+            found.append(record.name)
+    return found
 
 
 def _alive(pending: PendingRecord) -> bool:
