@@ -65,7 +65,7 @@ def command(settings: Settings) -> None:
     journal = Journal(settings.state)
     lock = journal.lock("resume", wait_ns=_LOCK_NS)
     try:
-        record = journal.pending()
+        record = journal.pending() or _of_parked(settings)
         if record is None:
             if settings.json:
                 print_json({"schema": SCHEMA, "run_id": None, "report": None})
@@ -271,6 +271,23 @@ class _Recovery:
             end = "its update was in place and stays" if unwind.committed else "it was undone"
             names = f": {escape(', '.join(undone))}" if undone else ""
             console.print(f"run {run_id} was interrupted; {end}{names}")
+
+
+def _of_parked(settings: Settings) -> PendingRecord | None:
+    """What stands for a pending record that has been lost, where a guest has a parked one."""
+    records = ParkedRecords(settings.state)
+    for uuid in records.uuids():
+        parked = records.read(uuid)
+        if parked is not None:
+            return PendingRecord(
+                run_id=parked.run_id,
+                boot_id=parked.boot_id,
+                uri=parked.uri,
+                pid=0,
+                started=0,
+                libvirt_timeout_ns=settings.load_config().deadlines.recovery_libvirt_ns,
+            )
+    return None
 
 
 def _tell(text: str) -> None:
