@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -30,7 +31,7 @@ from hostupdate.handover.saving import Saving
 from hostupdate.host import processes, ram_backing
 from hostupdate.host.memory import SAMPLE_PAGES
 from hostupdate.model import LocatedGuest
-from hostupdate.parked import ParkedRecord
+from hostupdate.parked import ParkedRecord, ParkedState
 
 #: What starts or ends a QEMU: libvirt's own time-outs for both are 30 s.
 _LIFE_NS = 40_000_000_000
@@ -120,14 +121,7 @@ class HandoverHand:
         return found.reason, found.paused_ns, found.new_version
 
     def prepare(self, uuid: str) -> ParkedRecord:
-        self._host.hook.install()
-        if not self._host.domains.hook_is_called(uuid):
-            processes.reload_libvirt()
-            deadline_ns = time.monotonic_ns() + _RELOAD_NS
-            while time.monotonic_ns() < deadline_ns:
-                if self._host.domains.hook_is_called(uuid):
-                    break
-                time.sleep(0.05)
+        _have_hook_called(self._host, uuid)
         return self._way.prepare(uuid)
 
     def latest(self, record: ParkedRecord) -> ParkedRecord | None:
@@ -161,7 +155,12 @@ class HandoverHand:
             if build is None:
                 raise GuestError(record.name, f"{record.old_emulator} is not what it was")
             record = msgspec.structs.replace(record, old_emulator=str(build.wrapper))
-        return self._way.rollback(record)
+        try:
+            return self._way.rollback(record)
+        except GuestError:  # the daemon may have been started anew, without our hook
+            if not _have_hook_called(self._host, record.uuid):
+                raise
+            return self._way.rollback(record)
 
     def commit(self, record: ParkedRecord) -> ParkedRecord:
         return self._way.commit(record)
@@ -177,6 +176,21 @@ class HandoverHand:
 
     def _target(self, uuid: str) -> str:
         return self._program or self._way.facts(uuid).emulator
+
+
+def _have_hook_called(host: Host, uuid: str) -> bool:
+    """libvirt's daemon looks for hooks at its start only, and when it is told to. Whether it had to
+    be told, and calls ours now."""
+    host.hook.install()
+    if host.domains.hook_is_called(uuid):
+        return False
+    processes.reload_libvirt()
+    deadline_ns = time.monotonic_ns() + _RELOAD_NS
+    while time.monotonic_ns() < deadline_ns:
+        if host.domains.hook_is_called(uuid):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def eligibility(
@@ -238,21 +252,31 @@ def bring_back(
             if record is None:
                 continue
             name = record.name
-            found = recover(host, record)
+            found = _recovered(host, config, record)
             moved = moved or (found is Recovered.COMMITTED and record.moved_on)
             running.append(name)
-        except HostUpdateError as first:
-            try:
-                again = host.records.read(uuid)
-                kept = _kept(config, again.old_emulator) if again is not None else None
-                if again is None or kept is None:
-                    raise first
-                again = msgspec.structs.replace(again, old_emulator=str(kept.wrapper))
-                recover(host, again, again.old_emulator)
-                running.append(name)
-            except HostUpdateError as error:
-                problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
+        except HostUpdateError as error:
+            problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
     return problems, running, moved
+
+
+def _recovered(host: Host, config: Config, record: ParkedRecord) -> Recovered:
+    """Recovers a guest under the QEMU that its image names, else under the one that was kept."""
+    try:
+        return recover(host, record)
+    except GuestError as error:
+        first = error
+    again = host.records.read(record.uuid)
+    if again is None or again.state is ParkedState.RUNNING:
+        raise first
+    with suppress(HostUpdateError):  # it may have no definition to ask with
+        if _have_hook_called(host, record.uuid):
+            return recover(host, again)
+    kept = _kept(config, again.old_emulator)
+    if kept is None:
+        raise first
+    again = msgspec.structs.replace(again, old_emulator=str(kept.wrapper))
+    return recover(host, again, again.old_emulator)
 
 
 def clear_up(state: Path, config: Config) -> None:
