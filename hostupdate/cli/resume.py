@@ -150,7 +150,7 @@ class _Recovery:
             unfinished=self._result.unfinished,
             warnings=self._result.warnings,
         )
-        self._parked = bool(problems)
+        self._parked = bool(records.uuids())
 
     def _clear_up(self) -> None:
         from hostupdate.cli.handing_over import clear_up

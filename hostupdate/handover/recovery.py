@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hostupdate.errors import GuestError
 from hostupdate.handover.ports import Host
-from hostupdate.handover.saving import Saving
+from hostupdate.handover.saving import ENDED, Saving
 from hostupdate.handover.ways import WAYS
 from hostupdate.model import GuestState
 from hostupdate.parked import ParkedRecord, ParkedState
@@ -29,7 +29,8 @@ def recover(host: Host, record: ParkedRecord, emulator: str | None = None) -> Re
 
     ``emulator`` is what a parked guest comes under; None: that of its image.
 
-    GuestError: it stays as it is and needs a human, or another try. HypervisorError and
+    GuestError: it stays as it is and needs a human, or another try; or it is lost, and has no
+    record any more. HypervisorError and
     DeadlineError: libvirt does not answer; nothing is known then.
     """
     if record.way not in WAYS:
@@ -44,10 +45,8 @@ def recover(host: Host, record: ParkedRecord, emulator: str | None = None) -> Re
             way.abort(record)
             return Recovered.UNTOUCHED
         if not Path(record.guard).exists():
-            raise GuestError(
-                record.name, "it ended while it was being saved, and there is no image of it",
-                remedy=_DISCARD,
-            )  # fmt: skip
+            way.forget(record)
+            raise GuestError(record.name, ENDED, remedy="look at its disks, then start it")
         record = way.saved(record)
     if record.state is ParkedState.RUNNING:
         if not facts.active:

@@ -36,6 +36,8 @@ from hostupdate.parked import DomainFacts, ParkedRecord, ParkedState
 _ROOM_BYTES = 64 << 20
 _SETTLE_NS = 30_000_000_000
 _POLL_S = 0.02
+#: Nothing can bring it back but a start, which its owner decides on.
+ENDED = "it ended before it was saved"
 _RELOAD = "systemctl reload libvirtd (or virtqemud): it looks for hooks then; guests run on"
 
 
@@ -72,7 +74,7 @@ class Saving:
     def park(self, record: ParkedRecord) -> ParkedRecord:
         """The guest has no QEMU then.
 
-        GuestError: it runs, and its handover is aborted. Any other error: its record is as it was;
+        GuestError: it runs, or its QEMU has ended by itself, and its handover is aborted. Any other error: its record is as it was;
         recovery finds out whether the guest runs.
         """
         domains = self._host.domains
@@ -90,6 +92,9 @@ class Saving:
             if self.settle(record).active:
                 self.abort(record)
                 raise GuestError(record.name, f"it was not saved, and runs: {error}") from error
+            if not Path(record.guard).exists():
+                self.forget(record)
+                raise GuestError(record.name, f"{ENDED}: {error}") from error
         return self.saved(record)
 
     def _save(self, record: ParkedRecord) -> None:
@@ -176,12 +181,11 @@ class Saving:
     def commit(self, record: ParkedRecord) -> ParkedRecord:
         """Lets the guest run, if it did before. No way back from here. Safe to repeat.
 
-        GuestError: its QEMU has ended before that, and it is parked as before. Any other error:
-        its record tells whether it may run.
+        After an error its record tells whether it may run: a QEMU that has ended, or does not
+        answer, is found out before.
         """
         if record.state is not ParkedState.RUNNING:
-            if not self.facts(record.uuid).active:
-                raise self._still_parked(record, "its QEMU has ended before it was let run")
+            self._host.domains.stream_state(record.uuid)  # libvirt learns of an end a bit later
             record = msgspec.structs.replace(record, state=ParkedState.RUNNING)
             self._host.records.write(record)
         if record.was_running:
