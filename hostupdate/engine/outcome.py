@@ -122,8 +122,8 @@ class Outcomes:
         looks = not committed or self._plan.actual is Impact.HANDOVER
         self._lost = self._lost_guests() if looks else {}
         self._lost |= {g.name: parked[g.uuid] for g in self._paused_reports() if g.uuid in parked}
-        for name, problem in self._lost.items():
-            report.reasons.append(f"guest {name}: {problem}")
+        lost = [f"guest {name}: {problem}" for name, problem in self._lost.items()]
+        report.reasons += [text for text in lost if text not in report.reasons]
         self.judge(committed)
 
     def judge(self, committed: bool) -> None:
