@@ -21,12 +21,12 @@ from hostupdate.guests import Hypervisor, capabilities
 from hostupdate.guests.command import GuestCommand
 from hostupdate.guests.parking import Parking
 from hostupdate.guests.uri import embedded_root
-from hostupdate.handover import builds, inquiry, rehearsal
+from hostupdate.handover import builds, inquiry, ram_store, rehearsal
 from hostupdate.handover.hook import Hook
 from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import ParkedRecords
-from hostupdate.handover.recovery import Recovered, recover
+from hostupdate.handover.recovery import Recovered, discard, recover
 from hostupdate.handover.saving import Saving
 from hostupdate.host import processes, ram_backing
 from hostupdate.host.memory import SAMPLE_PAGES
@@ -258,6 +258,19 @@ def bring_back(
         except HostUpdateError as error:
             problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
     return problems, running, moved
+
+
+def give_up(
+    settings: Settings, config: Config, hypervisor: Hypervisor, record: ParkedRecord
+) -> None:
+    """Removes what is parked of a guest, at its owner's word. RefusedError: it can be brought
+    back, since a QEMU has its RAM."""
+    pid = find_pid(record.uuid)
+    if pid is not None and ram_store.is_mapped(record, pid):
+        raise RefusedError(
+            [f"guest {record.name} has a QEMU with its RAM"], remedy="run `hostupdate resume`"
+        )
+    discard(parking_host(settings, config, hypervisor, record.run_id), record)
 
 
 def _recovered(host: Host, config: Config, record: ParkedRecord) -> Recovered:

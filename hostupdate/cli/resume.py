@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +53,14 @@ _THAW_NS = 1_000_000_000
 
 
 @click.command("resume")
+@click.option(
+    "--discard",
+    metavar="GUEST",
+    help="Give up what is parked of a guest, as after a power failure; its owner can start it.",
+)
 @global_options
 @pass_settings
-def command(settings: Settings) -> None:
+def command(settings: Settings, discard: str | None) -> None:
     """Finish or undo an interrupted run: every guest that it paused runs again.
 
     Guests first, then their clocks; then the steps of the update that had run are undone, or,
@@ -66,6 +72,8 @@ def command(settings: Settings) -> None:
     lock = journal.lock("resume", wait_ns=_LOCK_NS)
     try:
         record = journal.pending() or _of_parked(settings)
+        if discard is not None:
+            _discard(settings, discard)
         if record is None:
             if settings.json:
                 print_json({"schema": SCHEMA, "run_id": None, "report": None})
@@ -271,6 +279,25 @@ class _Recovery:
             end = "its update was in place and stays" if unwind.committed else "it was undone"
             names = f": {escape(', '.join(undone))}" if undone else ""
             console.print(f"run {run_id} was interrupted; {end}{names}")
+
+
+def _discard(settings: Settings, name: str) -> None:
+    """InputError: no guest of that name is parked."""
+    records = ParkedRecords(settings.state)
+    for uuid in records.uuids():
+        parked = records.read(uuid)
+        if parked is not None and name in (uuid, parked.name):
+            from hostupdate.cli.handing_over import give_up
+
+            config = settings.load_config()
+            timeout_ns = config.deadlines.libvirt_ns
+            with closing(Hypervisor(parked.uri, timeout_ns=timeout_ns)) as hypervisor:
+                give_up(settings, config, hypervisor, parked)
+            return
+    raise InputError(
+        "command line", "--discard", f"no guest {name!r} is parked",
+        remedy="`hostupdate status` names those that are",
+    )  # fmt: skip
 
 
 def _of_parked(settings: Settings) -> PendingRecord | None:

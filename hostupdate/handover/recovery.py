@@ -30,8 +30,8 @@ def recover(host: Host, record: ParkedRecord, emulator: str | None = None) -> Re
     ``emulator`` is what a parked guest comes under; None: that of its image.
 
     GuestError: it stays as it is and needs a human, or another try; or it is lost, and has no
-    record any more. HypervisorError and
-    DeadlineError: libvirt does not answer; nothing is known then.
+    record any more. HypervisorError and DeadlineError: libvirt does not answer; nothing is known
+    then.
     """
     if record.way not in WAYS:
         raise GuestError(
@@ -75,4 +75,6 @@ def discard(host: Host, record: ParkedRecord) -> None:
     Saving(host).finish(record)
 
 
-_DISCARD = "look at its disks, then `hostupdate resume --discard`; it can be started anew then"
+_DISCARD = (
+    "look at its disks, then `hostupdate resume --discard GUEST`; it can be started anew then"
+)

@@ -74,8 +74,8 @@ class Saving:
     def park(self, record: ParkedRecord) -> ParkedRecord:
         """The guest has no QEMU then.
 
-        GuestError: it runs, or its QEMU has ended by itself, and its handover is aborted. Any other error: its record is as it was;
-        recovery finds out whether the guest runs.
+        GuestError: it runs, or its QEMU has ended by itself, and its handover is aborted. Any
+        other error: its record is as it was; recovery finds out whether the guest runs.
         """
         domains = self._host.domains
         facts = self.facts(record.uuid)
@@ -165,7 +165,7 @@ class Saving:
             raise GuestError(
                 record.name,
                 "it runs, but not on its parked RAM: somebody has booted it",
-                remedy="look into the guest; `hostupdate resume --discard` forgets what was parked",
+                remedy="look into it; `hostupdate resume --discard GUEST` forgets what was parked",
             )
         self._host.domains.destroy(record.uuid)
         raise self._still_parked(record, "QEMU did not get its parked RAM")
