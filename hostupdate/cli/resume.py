@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from hostupdate.config import Config
 from hostupdate.core.keeper import read_record
 from hostupdate.engine.aftermath import conclude, late_report
 from hostupdate.engine.clocks import GuestClocks
+from hostupdate.engine.handover import PATIENCE_NS
 from hostupdate.engine.recovery import (
     Recovered,
     RecoveryHands,
@@ -50,6 +52,7 @@ SCHEMA = "hostupdate-resume-v1"
 _LOCK_NS = 10_000_000_000
 #: How long a guest that was told to run may go on being frozen.
 _THAW_NS = 1_000_000_000
+_POLL_S = 0.1
 
 
 @click.command("resume")
@@ -143,7 +146,7 @@ class _Recovery:
         problems: dict[str, str] = {}
         told: list[str] = []
         try:
-            hypervisor = self._libvirt()
+            hypervisor = self._libvirt.wait(PATIENCE_NS)
             if self._record.rehearsing:
                 end_rehearsal(hypervisor, self._record.rehearsing)
             config = self._config()
@@ -333,6 +336,17 @@ class _Libvirt:
         if self._hypervisor is None:
             self._hypervisor = Hypervisor(self._uri, timeout_ns=self._timeout_ns)
         return self._hypervisor
+
+    def wait(self, patience_ns: int) -> Hypervisor:
+        """The same, from a daemon that may be about to start anew."""
+        end_ns = time.monotonic_ns() + patience_ns
+        while True:
+            try:
+                return self()
+            except (HypervisorError, DeadlineError):
+                if time.monotonic_ns() >= end_ns:
+                    raise
+                time.sleep(_POLL_S)
 
 
 @dataclass(frozen=True, slots=True)

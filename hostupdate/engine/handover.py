@@ -22,9 +22,19 @@ from collections.abc import Callable
 import msgspec
 
 from hostupdate.engine.ports import HandoverPort, Hands, KeeperPort
-from hostupdate.errors import CoreError, GuestError, HostUpdateError
+from hostupdate.errors import (
+    CoreError,
+    DeadlineError,
+    GuestError,
+    HostUpdateError,
+    HypervisorError,
+)
 from hostupdate.model import Action, GuestReport, Impact, Plan
 from hostupdate.parked import ParkedRecord, ParkedState
+
+#: For a daemon that has died to be started again, by systemd, while a guest is parked.
+PATIENCE_NS = 10_000_000_000
+_POLL_S = 0.1
 
 
 class Handover:
@@ -49,6 +59,7 @@ class Handover:
         self._digests: dict[str, str] = {}
         self._problems: dict[str, str] = {}
         self._gone_on: set[str] = set()
+        self._patience_end_ns: int | None = None
         self._keeper: KeeperPort | None = None
         self._armed = False
         self.keeper_problem = ""
@@ -163,7 +174,7 @@ class Handover:
 
     def gave_up(self, uuid: str, error: HostUpdateError) -> bool:
         """Brings the guest back. Whether the run goes on: some guest has moved on."""
-        self._back(uuid)
+        self._bring_back(uuid)
         if not self.committed:
             return False
         if uuid in self._gone_on and self._records[uuid].moved_on:
@@ -198,15 +209,25 @@ class Handover:
     def let_run(self) -> None:
         """From any state: every guest runs, or is in :meth:`problems`."""
         for uuid in [*self._records]:
-            self._back(uuid)
+            self._bring_back(uuid)
         self.disarm()
 
-    def _back(self, uuid: str) -> None:
-        name = self._names[uuid]
+    def _bring_back(self, uuid: str) -> None:
+        """As often as libvirt's daemon, which may be about to start anew, needs to answer. Where
+        the budget ends before that, the keeper has recovery wait for it."""
+        while self._back(uuid):
+            now_ns = time.monotonic_ns()
+            self._patience_end_ns = self._patience_end_ns or now_ns + PATIENCE_NS
+            if now_ns >= self._patience_end_ns:
+                return
+            time.sleep(_POLL_S)
+
+    def _back(self, uuid: str) -> bool:
+        """Whether it may help to try again."""
         try:
             record = self._port.latest(self._records[uuid])  # an error may have come after a write
             if record is None or uuid in self._gone_on:
-                return
+                return False
             self._records[uuid] = record
             if record.state is ParkedState.RUNNING:  # it may run: its image is history
                 self.committed = self.committed or record.moved_on
@@ -219,12 +240,12 @@ class Handover:
                 self._let_go(uuid)
                 self._reports[uuid].notes.append("it is under its old QEMU again")
             self._problems.pop(uuid, None)
+            return False
         except HostUpdateError as error:
             running = self._records[uuid].state is ParkedState.RUNNING
             stays = "it may stand still under its QEMU" if running else "it stays parked"
-            if uuid not in self._problems:
-                self._degrade(f"guest {name}: {stays}: {error}; run `hostupdate resume`")
-            self._problems[uuid] = f"{stays}: {error}"
+            self._problems[uuid] = f"{stays}: {error}; run `hostupdate resume`"
+            return isinstance(error, HypervisorError | DeadlineError)
 
     def abort(self) -> None:
         """The undo of :meth:`prepare`."""
