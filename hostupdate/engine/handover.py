@@ -35,6 +35,12 @@ from hostupdate.parked import ParkedRecord, ParkedState
 #: For a daemon that has died to be started again, by systemd, while a guest is parked.
 PATIENCE_NS = 10_000_000_000
 _POLL_S = 0.1
+_KNOWN = {
+    ParkedState.LINKED: "whether it runs is not known",
+    ParkedState.SAVED: "it stays parked",
+    ParkedState.STRIPPED: "it stays parked",
+    ParkedState.RUNNING: "it may stand still under its QEMU",
+}
 
 
 class Handover:
@@ -202,7 +208,9 @@ class Handover:
                     continue
                 del self._records[uuid]
             except HostUpdateError as error:
-                self._degrade(f"guest {self._names[uuid]}: not cleared up: {error}")
+                self._degrade(
+                    f"guest {self._names[uuid]}: not cleared up: {error}; run `hostupdate resume`"
+                )
         self.drop_kept()
         self.end_watch()
 
@@ -242,14 +250,18 @@ class Handover:
             self._problems.pop(uuid, None)
             return False
         except HostUpdateError as error:
-            running = self._records[uuid].state is ParkedState.RUNNING
-            stays = "it may stand still under its QEMU" if running else "it stays parked"
-            self._problems[uuid] = f"{stays}: {error}; run `hostupdate resume`"
+            known = _KNOWN[self._records[uuid].state]
+            self._problems[uuid] = f"{known}: {error}; run `hostupdate resume`"
             return isinstance(error, HypervisorError | DeadlineError)
 
     def abort(self) -> None:
         """The undo of :meth:`prepare`."""
         self.clear()
+
+    @property
+    def unfinished(self) -> bool:
+        """Some guest has a record still: recovery is to see to it."""
+        return bool(self._records)
 
     def problems(self) -> dict[str, str]:
         """uuid -> why the guest does not run."""

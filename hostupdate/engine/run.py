@@ -125,7 +125,7 @@ class Run:
         journal = self._hands.journal
         problem = ""
         writes: list[Callable[[], None]] = [lambda: journal.save_report(self._report)]
-        left = self._pause.unresumed() or self._handover.problems()
+        left = self._pause.unresumed() or self._handover.unfinished
         if not (left or journal.pending.held):
             writes.append(journal.end)
         for write in writes:
