@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,8 @@ from hostupdate.parked import ParkedRecord, ParkedState
 _LIFE_NS = 40_000_000_000
 #: For a daemon to have read its configuration anew.
 _RELOAD_NS = 5_000_000_000
+#: The mark at the end of a name.
+_KEPT = re.compile(r"-[0-9a-f]{12}\Z")
 
 
 def parking_host(settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str) -> Host:
@@ -317,9 +320,11 @@ def _kept(config: Config, emulator: str) -> builds.Build | None:
 
 
 def _remove_idle(directory: Path) -> None:
-    """Builds under which no guest runs."""
+    """What was kept, or half kept, and no guest runs under; others' builds are left alone."""
     running = {processes.program(pid) for pid in processes.all_qemus()}
-    for wrapper in directory.glob("*/qemu"):
-        build = builds.Build(wrapper.parent)
+    for path in directory.glob("*-*"):
+        if not _KEPT.search(path.name):
+            continue
+        build = builds.Build(path)
         if not any(program.startswith(f"{build.directory}/") for program in running):
             builds.remove(build)
