@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import libvirt
+import libvirt_qemu
 
 from hostupdate.host.cgroups import find_cgroup2
 from tests.functional.cli import Ended, Lab, keepers, pids_naming
@@ -56,19 +58,26 @@ _END_S = 90
 
 @dataclass
 class Bench:
-    """Guests under a daemon, and a state directory for runs on a disk of their own."""
+    """Guests under a daemon, and a state directory for runs on a disk of their own.
+
+    ``size``: of that disk, small enough to be filled at once, large enough for what a run reserves.
+    ``handed``: runs put a new QEMU under the guests.
+    """
 
     made: DaemonLab
     base: Path
+    size: str = "24m"
+    settings: str = CONFIG
+    handed: bool = False
     marks: Path = field(init=False)
     damaged: bool = False
 
     def __post_init__(self) -> None:
         self.disk = self.base / "disk"
         self.disk.mkdir()
-        # Small enough to be filled at once, large enough for what a run reserves.
         subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=24m,mode=755", "none", str(self.disk)], check=True
+            ["mount", "-t", "tmpfs", "-o", f"size={self.size},mode=755", "none", str(self.disk)],
+            check=True,
         )
         self.state = self.disk / "state"
         self.marks = self.base / "marks"
@@ -76,7 +85,7 @@ class Bench:
         self.manifest = self.base / "update.toml"
         self.manifest.write_text(MANIFEST.format(marks=self.marks, budget="5s"))
         self.config = self.base / "hostupdate.toml"
-        self.config.write_text(CONFIG)
+        self.config.write_text(self.settings)
         program = type(self.made.lab.run)(self.state)
         self.lab = Lab(
             program.with_options("--connect", self.made.daemon.uri, "--config", str(self.config)),
@@ -92,16 +101,17 @@ class Bench:
         return self.uuids
 
     def remove(self) -> None:
-        subprocess.run(["umount", str(self.disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(self.disk)], check=True)
 
     # ---- runs
 
     def apply(self, method: str, fault: str = "") -> subprocess.Popen[str]:
         """Starts a run, with a fault at a place or none."""
+        options = () if self.handed else ("--pause-method", method)
         environment = {**os.environ, "HOSTUPDATE_FAULT": fault}
         argv = [*self.lab.run._argv, "apply", str(self.manifest), "--json", "--yes"]
         return subprocess.Popen(
-            [*argv, "--pause-method", method],
+            [*argv, *options],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -170,7 +180,8 @@ class Bench:
     def assert_each_runs_once(self, before: dict[str, int], lost: str = "") -> None:
         """The promise: each guest runs exactly once, its memory intact, nothing of ours is left."""
         expected = {name: pid for name, pid in before.items() if name != lost}
-        assert self.pids() == expected
+        now = self.pids()
+        assert now.keys() == expected.keys() if self.handed else now == expected, (now, before)
         running = Lab(self.made.lab.run, tuple(expected))
         running.assert_healthy()
         states = self.states()
@@ -181,6 +192,41 @@ class Bench:
         for uuid in self.uuids.values():
             assert not (mount / "hostupdate" / uuid).exists(), "a cgroup of ours is left"
         assert not self.interrupted
+        if self.handed:
+            self.assert_nothing_of_a_handover_is_left(expected)
+
+    def assert_nothing_of_a_handover_is_left(self, names: Iterable[str]) -> None:
+        """No record, image, second name of RAM, kept QEMU or rehearsal; and a save of a guest would
+        have all of its RAM in it."""
+        places = (
+            self.state / "parked",
+            self.state / "rehearsal",
+            self.state / "hook",
+            self.base / "lib/qemu/save",
+            self.base / "ram/hostupdate-parked",
+            self.base / "builds",
+        )
+        left = [str(p) for place in places for p in place.rglob("*") if not p.is_dir()]
+        assert not left, left
+        assert not [
+            p for p in (self.base / "ram").rglob("*") if p.is_file() and p.stat().st_nlink > 1
+        ]
+        homes = [p for p in (self.base / "ram/libvirt/qemu").iterdir()]
+        assert len(homes) == len(list(names)), "RAM of a QEMU that is gone"
+        assert len(pids_naming("")) == len(homes), "a QEMU that is no guest's"
+        for name in names:
+            assert not self.ignores_shared(name), f"{name}: x-ignore-shared is on"
+
+    def ignores_shared(self, name: str) -> bool:
+        connection = libvirt.open(self.made.daemon.uri)
+        try:
+            found = libvirt_qemu.qemuMonitorCommand(
+                connection.lookupByName(name), '{"execute":"query-migrate-capabilities"}', 0
+            )
+        finally:
+            connection.close()
+        states = {each["capability"]: each["state"] for each in json.loads(found)["return"]}
+        return bool(states["x-ignore-shared"])
 
     def marks_left(self) -> set[str]:
         return {path.name for path in self.marks.iterdir()}
@@ -200,7 +246,7 @@ def full_disk(bench: Bench) -> Iterator[None]:
     with open(path, "wb", buffering=0) as file:
         try:
             while True:
-                file.write(bytes(1 << 16))
+                file.write(bytes(1 << 20))
         except OSError:
             pass
     yield
@@ -237,3 +283,63 @@ def kill_pid(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         print(f"pid {pid} is gone already", file=sys.stderr)
+
+
+def happen(
+    bench: Bench,
+    process: subprocess.Popen[str],
+    fault: str,
+    before: dict[str, int],
+) -> Ended:
+    """Makes it happen to a run that stands still, and waits for the end."""
+
+    def go_on() -> Ended:
+        os.kill(process.pid, signal.SIGCONT)
+        return bench.end(process)
+
+    def die() -> Ended:
+        kill_pid(process.pid)
+        return bench.end(process)
+
+    match fault:
+        case "":
+            return go_on()
+        case "hang":
+            return bench.end(process)  # the keeper ends it
+        case "kill run":
+            return die()
+        case "kill keeper":
+            for pid in keepers(bench.lab):
+                kill_pid(pid)
+            return go_on()
+        case "kill both":
+            for pid in [*keepers(bench.lab), process.pid]:
+                kill_pid(pid)
+            return bench.end(process)
+        case "kill libvirtd":
+            bench.made.daemon.end()
+            ended = go_on()
+            bench.made.daemon.ensure()
+            return ended
+        case "restart libvirtd":  # as systemd does
+            bench.made.daemon.end()
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(1)
+            bench.made.daemon.ensure()
+            return bench.end(process)
+        case "kill QEMU":
+            kill_pid(before[bench.lab.names[-1]])
+            return go_on()
+        case "disk full":
+            with full_disk(bench):
+                return go_on()
+        case "corrupt":
+            corrupt_journal(bench)
+            return go_on()
+        case "corrupt+kill":
+            corrupt_journal(bench)
+            return die()
+        case "clock step":
+            with stepped_clock(7):
+                return go_on()
+    raise AssertionError(fault)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -140,7 +138,7 @@ def test_each_guest_runs_exactly_once(bench: Bench, method: str, place: str, fau
         happening = fault
         if fault == "kill keeper" and not keepers(bench.lab):
             happening = ""  # it is not there yet, or not any more: the run just goes on
-        ended = happen(bench, process, happening, method, place, before)
+        ended = faults.happen(bench, process, happening, before)
     resumed = bench.resume()
     bench.made.daemon.ensure()
     TABLE[method, place, fault] = f"{ended.code}" if ended.code >= 0 else "killed"
@@ -149,62 +147,6 @@ def test_each_guest_runs_exactly_once(bench: Bench, method: str, place: str, fau
     assert "Traceback" not in ended.err, ended.err
     bench.assert_each_runs_once(before, lost)
     assert_told(bench, ended, resumed, fault, place, lost)
-
-
-def happen(
-    bench: Bench,
-    process: subprocess.Popen[str],
-    fault: str,
-    method: str,
-    place: str,
-    before: dict[str, int],
-) -> faults.Ended:
-    """Makes it happen to a run that stands still, and waits for the end."""
-
-    def go_on() -> faults.Ended:
-        os.kill(process.pid, signal.SIGCONT)
-        return bench.end(process)
-
-    def die() -> faults.Ended:
-        faults.kill_pid(process.pid)
-        return bench.end(process)
-
-    match fault:
-        case "":
-            return go_on()
-        case "hang":
-            return bench.end(process)  # the keeper ends it
-        case "kill run":
-            return die()
-        case "kill keeper":
-            for pid in keepers(bench.lab):
-                faults.kill_pid(pid)
-            return go_on()
-        case "kill both":
-            for pid in [*keepers(bench.lab), process.pid]:
-                faults.kill_pid(pid)
-            return bench.end(process)
-        case "kill libvirtd":
-            bench.made.daemon.end()
-            ended = go_on()
-            bench.made.daemon.ensure()
-            return ended
-        case "kill QEMU":
-            faults.kill_pid(before[bench.lab.names[-1]])
-            return go_on()
-        case "disk full":
-            with faults.full_disk(bench):
-                return go_on()
-        case "corrupt":
-            faults.corrupt_journal(bench)
-            return go_on()
-        case "corrupt+kill":
-            faults.corrupt_journal(bench)
-            return die()
-        case "clock step":
-            with faults.stepped_clock(7):
-                return go_on()
-    raise AssertionError(fault)
 
 
 def assert_told(

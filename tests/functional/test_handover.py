@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -21,7 +18,6 @@ from hostupdate.lab import console
 from tests.functional.cli import Ended, Lab, Program
 from tests.functional.conftest import make_cache
 from tests.functional.daemon import DaemonLab
-from tests.functional.handover import pid_of
 from tests.requirements import need
 
 SYSTEM = Path("/usr/bin/qemu-system-x86_64")
@@ -185,42 +181,6 @@ def test_what_is_not_eligible_is_refused_with_a_remedy(lab: Lab, apply: Apply) -
     ended = apply("", options=("--budget", "100ms"))
     assert ended.code == 20
     assert any("the budget is 100 ms" in reason for reason in ended.data["reasons"])
-
-
-@pytest.mark.parametrize("place", ["prepare.end", "park.end", "unpark.end", "commit.end"])
-@pytest.mark.parametrize("victims", ["run", "both"])
-def test_a_run_that_is_killed(lab: Lab, tmp_path: Path, place: str, victims: str) -> None:
-    from tests.functional.cli import keepers
-    from tests.functional.test_deadman import await_keepers
-
-    path = tmp_path / "update.toml"
-    path.write_text('[update]\nname = "qemu"\n[qemu]\n')
-    before = seqs(lab)
-    process = subprocess.Popen(
-        [*lab.run._argv, "apply", str(path), "--json", "--yes"],
-        env={**os.environ, "HOSTUPDATE_FAULT": f"{place}=stop"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while True:
-        found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        assert found is not None
-        if found.si_code == os.CLD_STOPPED:
-            break
-        out, _err = process.communicate()
-        raise AssertionError(json.loads(out)["reasons"])
-    if victims == "both":
-        for pid in keepers(lab):
-            os.kill(pid, signal.SIGKILL)
-    process.kill()
-    process.communicate()
-    await_keepers(lab)
-    if (lab.run.state / "pending.json").exists():
-        resumed = lab.run("resume")
-        assert resumed.code in (0, 30), (resumed.out, resumed.err)
-    for guest in lab.run("guests", "--json").data["guests"]:
-        assert pid_of(guest["uuid"]) is not None
-        assert guest["state"] == "running"
-    assert_no_tick_is_missing(lab, before)
 
 
 def report_of(lab: Lab) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""What a run does when the handover of a guest goes wrong in its middle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from hostupdate.engine import handover as engine
+from hostupdate.engine.handover import Handover
+from hostupdate.engine.outcome import new_report
+from hostupdate.errors import DeadlineError, GuestError, HostUpdateError, HypervisorError
+from hostupdate.model import Action, GuestState, Impact, Phase, PlannedGuest
+from hostupdate.parked import ParkedRecord, ParkedState
+from tests.unit.fakes import FakeHands, World, hands_of, located
+from tests.unit.test_parked import RECORD
+
+SILENT = HypervisorError("libvirt: resume a guest: end of file")
+
+
+class Port:
+    """Guests whose records are on disk in ``records``. ``fails``: method -> what its calls raise,
+    one after the other; a method that fails has done what it is for, unless it is named in
+    ``before``."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, ParkedRecord] = {}
+        self.running: dict[str, str] = {}
+        self.fails: dict[str, list[HostUpdateError]] = {}
+        self.before: set[str] = set()
+        self.finished: list[str] = []
+
+    def _fail(self, method: str, *, done: bool) -> None:
+        if self.fails.get(method) and done != (method in self.before):
+            raise self.fails[method].pop(0)
+
+    def _write(self, record: ParkedRecord, method: str, **changes: Any) -> ParkedRecord:
+        self._fail(method, done=False)
+        record = msgspec.structs.replace(record, **changes)
+        self.records[record.uuid] = record
+        self._fail(method, done=True)
+        return record
+
+    def prepare(self, uuid: str) -> ParkedRecord:
+        record = msgspec.structs.replace(RECORD, uuid=uuid, name=uuid, new_emulator=None)
+        self.running[uuid] = "old"
+        return self._write(record, "prepare", state=ParkedState.LINKED)
+
+    def latest(self, record: ParkedRecord) -> ParkedRecord | None:
+        return self.records.get(record.uuid)
+
+    def park(self, record: ParkedRecord) -> ParkedRecord:
+        del self.running[record.uuid]
+        return self._write(record, "park", state=ParkedState.SAVED)
+
+    def digest(self, _record: ParkedRecord) -> str:
+        return "same"
+
+    def unpark(self, record: ParkedRecord) -> ParkedRecord:
+        return self._write(record, "unpark", state=ParkedState.STRIPPED, new_emulator="new")
+
+    def rollback(self, record: ParkedRecord) -> ParkedRecord:
+        assert self.records[record.uuid].state is not ParkedState.RUNNING, "its RAM has moved on"
+        return self._write(
+            record, "rollback", state=ParkedState.STRIPPED, new_emulator=record.old_emulator
+        )
+
+    def commit(self, record: ParkedRecord) -> ParkedRecord:
+        self._fail("commit", done=False)
+        record = msgspec.structs.replace(record, state=ParkedState.RUNNING)
+        self.records[record.uuid] = record
+        self.running[record.uuid] = "new" if record.moved_on else "old"
+        self._fail("commit", done=True)
+        return record
+
+    def finish(self, record: ParkedRecord) -> None:
+        self._fail("finish", done=False)
+        self.finished.append(record.uuid)
+        del self.records[record.uuid]
+
+    def abort(self, record: ParkedRecord) -> None:
+        self._fail("abort", done=False)
+        del self.records[record.uuid]
+
+    def blackout_ns(self, _record: ParkedRecord) -> int | None:
+        return 1
+
+    def drop_kept(self) -> None:
+        pass
+
+
+class Bench:
+    """Two guests, prepared."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engine, "_POLL_S", 0)
+        monkeypatch.setattr(engine, "PATIENCE_NS", 20_000_000)
+        guests = tuple(
+            PlannedGuest(name=name, uuid=name, state=GuestState.RUNNING, pause=True)
+            for name in ("a", "b")
+        )
+        plan = msgspec.structs.replace(_plan(), guests=guests)
+        report = new_report("run", plan, 0)
+        self.port = Port()
+        self.degraded: list[str] = []
+        hands = hands_of(FakeHands(World()), [located("a"), located("b")])
+        self.handover = Handover(
+            plan,
+            replace(hands, handover=self.port),  # type: ignore[arg-type]
+            {guest.uuid: guest for guest in report.guests},
+            self.degraded.append,
+        )
+        self.handover.prepare(act("prepare"))
+
+    def take(self, *kinds: str, guest: str = "a") -> None:
+        for kind in kinds:
+            getattr(self.handover, kind)(act(kind, guest))
+
+
+def _plan() -> Any:
+    from hostupdate.model import Plan
+
+    return Plan(
+        update="u",
+        requested="auto",
+        judged=Impact.HANDOVER,
+        actual=Impact.HANDOVER,
+        method=None,
+        method_reason="",
+        budget_ns=5_000_000_000,
+        predicted_blackout_ns=1,
+        guests=(),
+        actions=(),
+    )
+
+
+def act(kind: str, guest: str = "") -> Action:
+    return Action(phase=Phase.BLACKOUT, kind=kind, title=kind, guest=guest)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(monkeypatch)
+
+
+@pytest.mark.parametrize("error", [SILENT, DeadlineError("resume a guest", 1)])
+def test_a_guest_whose_resume_got_no_answer_is_not_rolled_back(
+    bench: Bench, error: HostUpdateError
+) -> None:
+    """It may run, and its RAM move on."""
+    bench.port.fails["commit"] = [error]
+    bench.take("park", "unpark", "commit")
+    assert bench.port.running["a"] == "new"
+    assert bench.handover.committed and not bench.handover.problems()
+    bench.take("park", "unpark", "commit", guest="b")  # one lost answer ends nothing
+    assert bench.port.running == {"a": "new", "b": "new"}
+    bench.handover.clear()
+    assert bench.port.finished == ["a", "b"] and not bench.handover.unfinished
+
+
+def test_a_guest_that_cannot_be_let_run_is_left_to_recovery(bench: Bench) -> None:
+    """The run stays, other guests are not touched, and what recovery needs is not cleared up."""
+    bench.port.fails["commit"] = [SILENT] * 100_000
+    bench.take("park", "unpark", "commit")
+    assert bench.handover.committed
+    assert "may stand still" in bench.handover.problems()["a"]
+    bench.take("park", "unpark", "commit", guest="b")
+    assert bench.port.running["b"] == "old"
+    bench.handover.clear()
+    assert bench.port.records["a"].state is ParkedState.RUNNING
+    assert bench.handover.unfinished
+
+
+def test_what_fails_before_the_record_says_so_is_rolled_back(bench: Bench) -> None:
+    bench.port.before.add("commit")
+    bench.port.fails["commit"] = [SILENT]
+    with pytest.raises(HypervisorError):
+        bench.take("park", "unpark", "commit")
+    assert bench.port.running["a"] == "old"
+    assert not bench.handover.committed and not bench.handover.problems()
+
+
+def test_a_resume_under_the_old_qemu_commits_nothing(bench: Bench) -> None:
+    bench.port.before.add("unpark")
+    bench.port.fails["unpark"] = [GuestError("a", "no")]
+    bench.port.fails["commit"] = [SILENT]
+    with pytest.raises(GuestError):
+        bench.take("park", "unpark")
+    assert bench.port.running["a"] == "old" and not bench.handover.committed
+
+
+def test_a_daemon_that_comes_back_in_time_is_waited_for(bench: Bench) -> None:
+    bench.port.before.update(("unpark", "rollback"))
+    bench.port.fails["unpark"] = [SILENT]
+    bench.port.fails["rollback"] = [SILENT] * 3
+    with pytest.raises(HypervisorError):
+        bench.take("park", "unpark")
+    assert bench.port.running["a"] == "old" and not bench.handover.problems()
+
+
+def test_one_that_stays_away_leaves_the_guest_parked(bench: Bench) -> None:
+    bench.port.before.update(("unpark", "rollback"))
+    bench.port.fails["unpark"] = [SILENT]
+    bench.port.fails["rollback"] = [SILENT] * 100_000
+    with pytest.raises(HypervisorError):
+        bench.take("park", "unpark")
+    assert "it stays parked" in bench.handover.problems()["a"]
+    bench.handover.clear()
+    assert bench.port.records["a"].state is ParkedState.SAVED
+
+
+def test_what_could_not_be_cleared_up_is_not_forgotten(bench: Bench) -> None:
+    bench.take("park", "unpark", "commit")
+    bench.port.before.add("finish")
+    bench.port.fails["finish"] = [SILENT]
+    bench.handover.clear()
+    assert bench.handover.unfinished and "not cleared up" in bench.degraded[0]
