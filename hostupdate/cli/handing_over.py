@@ -177,6 +177,10 @@ class HandoverHand:
     def blackout_ns(self, record: ParkedRecord) -> int | None:
         return self._way.blackout_ns(record)
 
+    def processes(self, uuids: Sequence[str]) -> Mapping[str, tuple[int, int]]:
+        found = processes.find_qemus(uuids)
+        return {uuid: (qemu.pid, qemu.started) for uuid, qemu in found.items()}
+
     def _target(self, uuid: str) -> str:
         return self._program or self._way.facts(uuid).emulator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import time
@@ -260,12 +261,13 @@ class Run:
             self._telling.hold()
 
     def _learn_places(self) -> None:
-        """Guests have come under other processes."""
-        if not self._handover.began:
+        """Guests have come under other processes, also where libvirt is away."""
+        port = self._hands.handover
+        if port is None or not self._handover.began:
             return
-        for located in self._hands.inventory():
-            if located.place is not None:
-                self._hands.places[located.guest.uuid] = located.place
+        places = self._hands.places
+        for uuid, (pid, started) in port.processes([*places]).items():
+            places[uuid] = dataclasses.replace(places[uuid], pid=pid, started=started)
 
     def _release(self, action: Action) -> None:
         # The guests run on the updated host: what fails here must not undo that.

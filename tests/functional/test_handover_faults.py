@@ -218,8 +218,8 @@ def assert_told(
     said = ended.out + (resumed.out if resumed is not None else "")
     if lost and lost not in bench.pids():
         assert 50 in codes, said
-    elif fault == "kill libvirtd":
-        assert resumed is None or resumed.code != 50, said
+    elif fault == "kill libvirtd":  # it stayed away for longer than the run waits
+        assert 50 not in codes or (resumed is not None and resumed.code == 0), said
     else:
         assert 50 not in codes, said
     marks = bench.marks_left()
