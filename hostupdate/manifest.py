@@ -11,6 +11,8 @@ from hostupdate.durations import HOUR, format_duration, quoted, span
 from hostupdate.errors import InputError
 from hostupdate.model import HARD_CAP_NS, Phase
 
+#: Names of the steps that install packages begin with it, and no others.
+PACKAGES = "[packages]"
 _NO_CONTROL = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"
 
 Name = Annotated[
@@ -155,6 +157,10 @@ def _check_steps(steps: tuple[Step, ...], source: str) -> None:
             remedy = "give each step a name of its own"
             raise InputError(source, f"step[{number}].name", problem, remedy=remedy)
         first[step.name] = number
+        if step.name.startswith(PACKAGES):
+            problem = f"{quoted(step.name)} begins as the steps of [packages] do"
+            remedy = "give the step another name"
+            raise InputError(source, f"step[{number}].name", problem, remedy=remedy)
         asked_ns = step.timeout_ns or 0
         if step.phase is Phase.BLACKOUT and asked_ns > HARD_CAP_NS:
             asked, limit = format_duration(asked_ns), format_duration(HARD_CAP_NS)

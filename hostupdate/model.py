@@ -186,6 +186,20 @@ class PlannedGuest(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""  #: why it is left alone; empty where it is paused
 
 
+class PackageVerdict(
+    msgspec.Struct, frozen=True, kw_only=True, rename={"old": "from", "new": "to"}
+):
+    """What one package's change does to guests. ``impact`` None: it cannot be judged, the update
+    is refused. ``old`` (in JSON: from) empty: it is new."""
+
+    name: str
+    old: str
+    new: str
+    impact: Impact | None
+    reason: str
+    evidence: tuple[str, ...] = ()
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What ``apply`` will do, complete, decided before anything is touched."""
 
@@ -199,6 +213,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     predicted_blackout_ns: int | None
     guests: tuple[PlannedGuest, ...]
     actions: tuple[Action, ...]
+    packages: tuple[PackageVerdict, ...] = ()
     warnings: tuple[str, ...] = ()
     rivals: Rivals | None = None
 

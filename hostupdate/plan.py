@@ -22,6 +22,7 @@ from hostupdate.model import (
     GuestState,
     Impact,
     LocatedGuest,
+    PackageVerdict,
     PauseMethod,
     Phase,
     Plan,
@@ -71,19 +72,22 @@ def make_plan(
     rivals: Rivals | None = None,
     vitals: Mapping[str, Vitals] | None = None,
     eligible: Mapping[str, Eligibility] | None = None,
+    packages: Sequence[PackageVerdict] | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """Decides everything about a run.
 
     ``verify_ram`` is sample, full or off; ``method`` auto, freeze or stop; ``synchronised`` what
     is known of the host's clock, ``watchdogs`` of guests', by uuid; ``rivals`` who else may act on
     guests and packages; ``vitals`` of running guests, by uuid;
-    ``eligible`` says of each whether it can be handed over. Raises RefusedError with every
-    reason found, not only the first; nothing was touched then.
+    ``eligible`` says of each whether it can be handed over; ``packages`` are judged, and their
+    steps in the manifest already; ``notes`` are warnings of who made them. Raises RefusedError
+    with every reason found, not only the first; nothing was touched then.
     """
-    judged = _judge(manifest)
+    judged = _judge(manifest, packages or ())
     requested = manifest.update.impact
     actual = judged if requested == "auto" else _higher(judged, Impact(requested))
-    reasons = _blockers(manifest, actual, max_impact)
+    reasons = _blockers(manifest, actual, max_impact, packages)
     reasons += rivals.busy if rivals is not None else ()
 
     planned = tuple(_plan_guest(located, actual, cgroup2, config, verify_ram) for located in guests)
@@ -149,7 +153,9 @@ def make_plan(
             rivals, _actions(manifest, planned, chosen, budget_ns, config.clock, trusted, handed)
         ),
         rivals=rivals,
+        packages=tuple(packages or ()),
         warnings=(
+            *notes,
             *_warnings(planned, chosen, predicted_ns, watchdogs or {}),
             *([_UNSYNCHRONISED] if pauses and not trusted else []),
             *(f"guest {name}: {text}" for name, found in signs for text in warnings(found)),
@@ -170,25 +176,36 @@ def make_plan(
     )
 
 
-def _judge(manifest: Manifest) -> Impact:
+def _judge(manifest: Manifest, packages: Sequence[PackageVerdict]) -> Impact:
+    judged = Impact.NONE
     if manifest.update.reboot_only:
-        return Impact.REBOOT
-    if manifest.qemu is not None:
-        return Impact.HANDOVER
-    return Impact.PAUSE if manifest.steps_in(Phase.BLACKOUT) else Impact.NONE
+        judged = Impact.REBOOT
+    elif manifest.qemu is not None:
+        judged = Impact.HANDOVER
+    elif manifest.steps_in(Phase.BLACKOUT):
+        judged = Impact.PAUSE
+    for verdict in packages:
+        judged = _higher(judged, verdict.impact or Impact.NONE)
+    return judged
 
 
 def _higher(one: Impact, other: Impact) -> Impact:
     return one if one.rank >= other.rank else other
 
 
-def _blockers(manifest: Manifest, actual: Impact, max_impact: Impact | None) -> list[str]:
+def _blockers(
+    manifest: Manifest,
+    actual: Impact,
+    max_impact: Impact | None,
+    packages: Sequence[PackageVerdict] | None,
+) -> list[str]:
     reasons = []
-    if manifest.packages is not None:
-        reasons.append(
-            "[packages]: this version does not judge packages yet; "
-            "write the installation as steps (download in stage, install in blackout)"
-        )
+    if manifest.packages is not None and packages is None:
+        reasons.append("[packages]: what they change was not judged")
+    for verdict in packages or ():
+        if verdict.impact in (None, Impact.KEXEC, Impact.REBOOT):
+            shown = f" ({', '.join(verdict.evidence)})" if verdict.evidence else ""
+            reasons.append(f"package {verdict.name}: {verdict.reason}{shown}")
     if actual is Impact.REBOOT:
         reasons.append("the update needs a reboot of the host: guests cannot be kept over that")
     elif actual is Impact.KEXEC:

@@ -39,7 +39,7 @@ from hostupdate.host.cgroups import Cgroups
 from hostupdate.host.guard import Guard
 from hostupdate.host.steps import find_programs
 from hostupdate.journal import Journal
-from hostupdate.manifest import Manifest, decode_manifest
+from hostupdate.manifest import Manifest, Packages, decode_manifest
 from hostupdate.model import (
     HARD_CAP_NS,
     ExitCode,
@@ -47,6 +47,7 @@ from hostupdate.model import (
     ImpactReport,
     LocatedGuest,
     Outcome,
+    PackageVerdict,
     PendingRecord,
     Phase,
     Plan,
@@ -104,6 +105,10 @@ def command(
         with open_hypervisor(settings, config) as hypervisor:
             cgroups = open_cgroups(config)
             guests = located_guests(hypervisor, cgroups)
+            verdicts: tuple[PackageVerdict, ...] | None = None
+            notes: tuple[str, ...] = ()
+            if manifest.packages is not None:
+                manifest, verdicts, notes = _judged(manifest, manifest.packages, settings, guests)
             clocks = Clocks(Agents(hypervisor), config.clock)
             asked = _asked(manifest, guests)
             signs = vital_signs(hypervisor)
@@ -128,6 +133,8 @@ def command(
                 rivals=guard.survey(settings.uri),
                 vitals=vitals,
                 eligible=_eligible(manifest, config, hypervisor, guests),
+                packages=verdicts,
+                notes=notes,
             )
             if dry_run:
                 print_json(plan) if settings.json else print_plan(plan)
@@ -222,6 +229,23 @@ def _execute(
             run_journal.end()
             raise
         return run.execute()
+
+
+def _judged(
+    manifest: Manifest, wanted: Packages, settings: Settings, guests: list[LocatedGuest]
+) -> tuple[Manifest, tuple[PackageVerdict, ...], tuple[str, ...]]:
+    """The manifest with its packages as steps, what each does to guests, and warnings."""
+    from hostupdate.cli.handing_over import qemu_uses
+    from hostupdate.host.packages import Apt
+    from hostupdate.impact import judge_packages
+    from hostupdate.packaging import package_warnings, with_packages
+
+    transaction = Apt(settings.state / "packages").resolve(wanted)
+    verdicts = judge_packages(transaction.changes, qemu_uses(guests))
+    manifest = with_packages(manifest, transaction, verdicts)
+    for step in manifest.steps:
+        find_programs(step)
+    return manifest, verdicts, package_warnings(transaction)
 
 
 def _eligible(

@@ -31,6 +31,7 @@ from hostupdate.handover.recovery import Recovered, discard, recover
 from hostupdate.handover.saving import Saving
 from hostupdate.host import processes, ram_backing
 from hostupdate.host.memory import SAMPLE_PAGES
+from hostupdate.impact import QemuUse
 from hostupdate.model import LocatedGuest
 from hostupdate.parked import ParkedRecord, ParkedState
 
@@ -99,6 +100,7 @@ class HandoverHand:
         _remove_idle(self._builds)
 
     def warm(self, uuids: Sequence[str]) -> None:
+        self._hypervisor.revive()  # steps of the stage may have started libvirt anew
         wanted = {
             (self._target(uuid), "<domain type='kvm'" in self._hypervisor.xml(uuid))
             for uuid in uuids
@@ -230,6 +232,27 @@ def eligibility(
             continue
         found[uuid] = judge(facts)
     return found
+
+
+def qemu_uses(guests: Sequence[LocatedGuest]) -> list[QemuUse]:
+    """What the QEMUs of running guests have in use, and would load. GuestError: one is gone."""
+    uses = []
+    directories: dict[str, tuple[str, ...]] = {}
+    for located in guests:
+        if located.place is None:
+            continue
+        pid = located.place.pid
+        program = processes.program(pid)
+        if program not in directories:
+            directories[program] = builds.load_directories(Path(program))
+        uses.append(
+            QemuUse(
+                guest=located.guest.name,
+                files=processes.used_files(pid),
+                directories=directories[program],
+            )
+        )
+    return uses
 
 
 def _is_binary(program: str) -> bool:

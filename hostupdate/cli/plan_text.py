@@ -21,6 +21,14 @@ def print_plan(plan: Plan) -> None:
         )
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
+    for verdict in plan.packages:
+        versions = f"{verdict.old or 'new'} -> {verdict.new}"
+        console.print(
+            f"package {escape(verdict.name)} ({escape(versions)}): {verdict.impact}, "
+            f"{escape(verdict.reason)}"
+        )
+        for line in verdict.evidence:
+            console.print(f"     {escape(line)}")
     guests = table("guest", "state", "impact", "pages kept by", "RAM digest", "note")
     for guest in plan.guests:
         guests.add_row(

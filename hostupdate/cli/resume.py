@@ -115,6 +115,7 @@ class _Recovery:
         self._unwind: Unwind | None = None
         self._warnings: list[str] = []
         self._told: list[str] = []
+        self._notes: list[str] = []  #: nothing that is left to do
         self._parked = False  #: some guest is, still
         self._moved = False  #: some guest had been let run under its new QEMU
         self.report: Report | None = None
@@ -182,7 +183,8 @@ class _Recovery:
         try:
             return self._settings.load_config()
         except InputError as error:
-            self._warnings.append(f"the default configuration is used: {error}")
+            text = f"the default configuration is used: {error}"
+            self._notes += [] if text in self._notes else [text]
             return Config()
 
     def _finish(self, run: RunJournal) -> None:
@@ -217,6 +219,7 @@ class _Recovery:
         held = self._let_go()
         if self.report is not None:
             report = self.report
+            report.reasons += self._notes
             self._attempt("the report is not kept", lambda: run.save_report(report))
         # The others run: their owners may pause them again.
         if self._result.unfinished or held or self._parked:

@@ -15,6 +15,11 @@ BROWNOUT_STEP_NS = 600_000_000_000
 UNDO_NS = 60_000_000_000
 
 
+def undo_ns(action: Action) -> int:
+    """How long the undo of a step may take: as long as the step, where that is long."""
+    return max(UNDO_NS, action.timeout_ns or 0)
+
+
 class Stepping:
     """Runs and undoes steps, into the report."""
 
@@ -64,5 +69,5 @@ class Stepping:
         report = self._reports.get(action.step)
         if action.undo_argv and report is not None:
             report.undone = False
-            report.undone = self._hands.steps.undo(action.step, UNDO_NS)
+            report.undone = self._hands.steps.undo(action.step, undo_ns(action))
             self._report.undone.append(action.step)

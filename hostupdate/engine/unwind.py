@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from hostupdate import faults
-from hostupdate.engine.stepping import BROWNOUT_STEP_NS, UNDO_NS
+from hostupdate.engine.stepping import BROWNOUT_STEP_NS, undo_ns
 from hostupdate.errors import JournalError
 from hostupdate.model import HARD_CAP_NS, Action, Phase, Plan, StepReport
 from hostupdate.unwinding import Kind, Record, Remaining, remaining
@@ -64,7 +64,12 @@ class Unwind:
             action = self._plan.actions[number]
             self._tell(f"undoing step {action.step!r}")
             problem = self._run(
-                Kind.UNDOING, Kind.UNDONE, Kind.UNDO_FAILED, number, action.undo_argv, UNDO_NS
+                Kind.UNDOING,
+                Kind.UNDONE,
+                Kind.UNDO_FAILED,
+                number,
+                action.undo_argv,
+                undo_ns(action),
             )
             self.steps[number].undone = not problem
             if problem:
@@ -93,7 +98,7 @@ class Unwind:
             began_ns = self._left.running.get(number, 0)
             for argv, deadline_ns in (
                 (action.argv, began_ns + self._timeout_ns(action)),
-                (action.undo_argv, time.monotonic_ns() + UNDO_NS),
+                (action.undo_argv, time.monotonic_ns() + undo_ns(action)),
             ):
                 pid = self._survivors.find(action.step, argv)
                 if pid is not None:

@@ -156,6 +156,14 @@ def version(program: Path) -> str:
     return match[1].strip()
 
 
+def load_directories(program: Path) -> tuple[str, ...]:
+    """From where a QEMU takes modules and firmware, links resolved. PrerequisiteError where it
+    does not run, DeadlineError."""
+    modules = _system_modules(program)
+    found = [*([modules] if modules else []), *_data_directories([str(program)])]
+    return tuple(dict.fromkeys(os.path.realpath(path) for path in found))
+
+
 def closed_to_others(path: Path) -> Path | None:
     """The outermost directory above ``path`` that other users may not pass; None: all let them."""
     above = reversed(path.resolve().parents)

@@ -138,6 +138,26 @@ def dma_writers(pid: int) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def used_files(pid: int) -> frozenset[str]:
+    """Files that a process has mapped or open, under the names that they had: a package manager
+    replaces files, and who uses the old one keeps it ("(deleted)", proc_pid_maps(5)).
+
+    GuestError where it is gone or cannot be looked at.
+    """
+    found = set()
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            found = {line.rstrip("\n").split(maxsplit=5)[5] for line in maps if " /" in line}
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(FileNotFoundError):
+                found.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        found.add(os.readlink(f"/proc/{pid}/exe"))
+    except OSError as error:
+        raise GuestError(str(pid), f"its process: {error.strerror}") from error
+    names = {path.removesuffix(" (deleted)") for path in found if path.startswith("/")}
+    return frozenset(name.removesuffix(".dpkg-tmp").removesuffix(".dpkg-new") for name in names)
+
+
 def major_faults(pid: int) -> int:
     """Major faults of the process's threads so far. ProcessLookupError where it is gone."""
     stat = _stat(pid)

@@ -15,6 +15,7 @@ import pytest
 from hostupdate.handover import builds
 from hostupdate.handover.builds import Build
 from hostupdate.lab import console
+from tests.functional.aptroot import AptRoot
 from tests.functional.cli import Ended, Lab, Program
 from tests.functional.conftest import make_cache
 from tests.functional.daemon import DaemonLab
@@ -185,3 +186,46 @@ def test_what_is_not_eligible_is_refused_with_a_remedy(lab: Lab, apply: Apply) -
 
 def report_of(lab: Lab) -> dict[str, Any]:
     return dict(lab.run("report", "--json").data)
+
+
+def test_packages_of_the_guests_qemu_are_a_handover(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged by the file that is mapped, installed before the rehearsal, taken back where that or
+    anything else fails before a guest has moved."""
+    apt = AptRoot(tmp_path)
+    for version in ("7", "10"):
+        apt.build("hu-emulator", version, {str(SYSTEM)[1:]: version})
+        if version == "7":
+            apt.install("hu-emulator")
+    for name, value in apt.environment.items():
+        monkeypatch.setenv(name, value)
+    manifest = tmp_path / "packages.toml"
+    text = '[update]\nname = "qemu"\n[packages]\nupgrade = ["hu-emulator"]\n'
+
+    manifest.write_text(
+        f'{text}[[step]]\nname = "later"\nphase = "blackout"\nrun = ["false"]\ntimeout = "2s"\n'
+    )
+    failed = lab.apply(manifest)
+    assert failed.code == 40, failed.data["reasons"]
+    assert apt.installed() == {"hu-emulator": "7"}
+
+    manifest.write_text(text)
+    plan = lab.run("apply", str(manifest), "--dry-run", "--json").data
+    (verdict,) = plan["packages"]
+    assert verdict["impact"] == plan["actual"] == "handover"
+    assert verdict["evidence"] == [f"{SYSTEM}, in use by {', '.join(lab.names)}"]
+    kinds = [f"{action['kind']} {action['step']}".strip() for action in plan["actions"]]
+    assert kinds.index("keep-qemu") < kinds.index("step [packages] install")
+    assert kinds.index("step [packages] install") < kinds.index("warm") < kinds.index("park")
+
+    before = seqs(lab)
+    pids = {guest["pid"] for guest in lab.run("guests", "--json").data["guests"]}
+    ended = lab.apply(manifest)
+    assert ended.code == 0, ended.data["reasons"]
+    assert ended.data["impact"]["actual"] == "handover"
+    assert apt.installed() == {"hu-emulator": "10"}
+    assert all(guest["residency"]["digest_equal"] for guest in ended.data["guests"])
+    now = {guest["pid"] for guest in lab.run("guests", "--json").data["guests"]}
+    assert len(now) == len(lab.names) and not now & pids
+    assert_no_tick_is_missing(lab, before)

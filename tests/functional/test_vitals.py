@@ -150,7 +150,9 @@ def test_a_link_that_went_down(watched: Watched) -> None:
     down = watched.look()[0]
     assert (without.links, up.links, down.links) == ({}, {MAC: "up"}, {MAC: "down"})
     assert blockers(down) == []
-    assert changes(up, down) == [f"its network link {MAC} was up and is down"]
+    assert [change.text for change in changes(up, down)] == [
+        f"its network link {MAC} was up and is down"
+    ]
     assert changes(down, up) == []
 
 
@@ -164,7 +166,9 @@ def test_an_agent_that_hangs(watched: Watched) -> None:
     assert (silent.agent, silent.ticking) == (False, None)
     assert blockers(silent) == []
     assert len(warnings(silent)) == 1
-    assert changes(before, silent) == ["its agent does not answer any more"]
+    assert [change.text for change in changes(before, silent)] == [
+        "its agent does not answer any more"
+    ]
     while not is_well(watched.look()[0]):  # pytest-timeout ends it
         pass
 

@@ -22,7 +22,7 @@ ROWS = {
     },
     "judgement": {
         *("plan", "prediction", "impact", "rollout", "events", "timeline", "skew", "vitals"),
-        *("unwinding", "eligibility", "remedy", "handing"),
+        *("unwinding", "eligibility", "remedy", "handing", "packaging"),
     },
     "faults": {"faults"},
     "core": {"core"},

@@ -16,6 +16,7 @@ from hostupdate.model import (
     GuestState,
     Impact,
     LocatedGuest,
+    PackageVerdict,
     PauseMethod,
     Phase,
     Plan,
@@ -54,6 +55,7 @@ def plan(
     rivals: Rivals | None = None,
     vitals: dict[str, Vitals] | None = None,
     eligible: dict[str, Eligibility] | None = None,
+    packages: list[PackageVerdict] | None = None,
 ) -> Plan:
     return make_plan(
         what,
@@ -69,6 +71,7 @@ def plan(
         rivals=rivals,
         vitals=vitals,
         eligible=eligible,
+        packages=packages,
     )
 
 
@@ -222,6 +225,43 @@ def test_an_impact_of_handover_alone_puts_the_same_qemu_under_guests_anew() -> N
     assert "the QEMU that is installed then" in next(
         action.title for action in made.actions if action.kind == "unpark"
     )
+
+
+@pytest.mark.parametrize("text", ['impact = "handover"\n' + step("stage"), "[qemu]"])
+def test_a_handover_needs_to_know_of_each_guest_whether_it_can_be(text: str) -> None:
+    with pytest.raises(RefusedError) as refused:
+        plan(manifest(text), located("a"), located("b"))
+    assert refused.value.reasons == tuple(
+        f"guest {name}: whether it can be handed over is not known" for name in "ab"
+    )
+    can = {located(name).guest.uuid: Eligibility(blockers=(), warnings=()) for name in "ab"}
+    made = plan(manifest(text), located("a"), located("b"), eligible=can)
+    assert made.actual is Impact.HANDOVER and kinds(made).count("park") == 2
+
+
+def verdict(name: str, impact: Impact | None) -> PackageVerdict:
+    return PackageVerdict(
+        name=name, old="1", new="2", impact=impact, reason=f"why {name}", evidence=("/x",)
+    )
+
+
+def test_packages_that_cannot_be_judged_or_done_are_refused_by_name() -> None:
+    found = [verdict("fine", Impact.NONE), verdict("vswitch", None), verdict("linux", Impact.KEXEC)]
+    what = decode_manifest(b'[update]\nname="u"\n[packages]\nall=true\n', "m")
+    with pytest.raises(RefusedError) as refused:
+        plan(what, packages=found)
+    assert refused.value.reasons[:2] == (
+        "package vswitch: why vswitch (/x)",
+        "package linux: why linux (/x)",
+    )
+    with pytest.raises(RefusedError, match=r"\[packages\]: what they change was not judged"):
+        plan(what)
+
+
+def test_packages_that_touch_no_guest_are_a_plan_with_their_verdicts() -> None:
+    what = decode_manifest(b'[update]\nname="u"\n[packages]\nall=true\n', "m")
+    made = plan(what, packages=[verdict("fine", Impact.NONE)])
+    assert made.actual is Impact.NONE and [v.name for v in made.packages] == ["fine"]
 
 
 def test_reboot_packages_and_the_ceiling_are_all_named_in_one_refusal() -> None:
