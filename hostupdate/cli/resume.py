@@ -107,6 +107,7 @@ class _Recovery:
         self._warnings: list[str] = []
         self._told: list[str] = []
         self._parked = False  #: some guest is, still
+        self._rehearsing = record.rehearsing  #: until that guest is as it was
         self._moved = False  #: some guest had been let run under its new QEMU
         self.report: Report | None = None
 
@@ -149,6 +150,7 @@ class _Recovery:
             hypervisor = self._libvirt.wait(PATIENCE_NS)
             if self._record.rehearsing:
                 end_rehearsal(hypervisor, self._record.rehearsing)
+                self._rehearsing = ""
             config = self._config()
             problems, told, self._moved = bring_back(
                 self._settings, config, hypervisor, self._record.run_id
@@ -208,8 +210,10 @@ class _Recovery:
             report = self.report
             self._attempt("the report is not kept", lambda: run.save_report(report))
         # The others run: their owners may pause them again.
-        if self._result.unfinished or held or self._parked:
-            left = msgspec.structs.replace(record, guests=self._result.unfinished, rehearsing="")
+        if self._result.unfinished or held or self._parked or self._rehearsing:
+            left = msgspec.structs.replace(
+                record, guests=self._result.unfinished, rehearsing=self._rehearsing
+            )
             self._attempt("pending record", lambda: run.pend(left))
         else:
             self._attempt("journal", run.end)
@@ -221,7 +225,7 @@ class _Recovery:
         if not isinstance(error, InputError):
             return  # once there is room again, or whatever it lacks, the rest can be done
         self._warnings.append(f"moved away as {self._journal.set_aside()}")
-        if not (self._result.unfinished or held or self._parked):
+        if not (self._result.unfinished or held or self._parked or self._rehearsing):
             self._journal.drop_pending()
 
     def _let_go(self) -> bool:
