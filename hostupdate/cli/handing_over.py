@@ -336,7 +336,9 @@ def _scratch(state: Path) -> Path:
 
 
 def end_rehearsal(hypervisor: Hypervisor, uuid: str) -> None:
-    """The guest of a rehearsal that was interrupted runs."""
+    """The guest of a rehearsal that was interrupted runs, where it has not ended."""
+    if find_pid(uuid) is None:
+        return
     rehearsal.recover(GuestCommand(hypervisor, uuid, _LIFE_NS))
 
 

@@ -117,6 +117,7 @@ class _Recovery:
         self._told: list[str] = []
         self._notes: list[str] = []  #: nothing that is left to do
         self._parked = False  #: some guest is, still
+        self._rehearsing = record.rehearsing  #: until that guest is as it was
         self._moved = False  #: some guest had been let run under its new QEMU
         self.report: Report | None = None
 
@@ -159,6 +160,7 @@ class _Recovery:
             hypervisor = self._libvirt.wait(PATIENCE_NS)
             if self._record.rehearsing:
                 end_rehearsal(hypervisor, self._record.rehearsing)
+                self._rehearsing = ""
             config = self._config()
             problems, told, self._moved = bring_back(
                 self._settings, config, hypervisor, self._record.run_id
@@ -222,8 +224,10 @@ class _Recovery:
             report.reasons += self._notes
             self._attempt("the report is not kept", lambda: run.save_report(report))
         # The others run: their owners may pause them again.
-        if self._result.unfinished or held or self._parked:
-            left = msgspec.structs.replace(record, guests=self._result.unfinished, rehearsing="")
+        if self._result.unfinished or held or self._parked or self._rehearsing:
+            left = msgspec.structs.replace(
+                record, guests=self._result.unfinished, rehearsing=self._rehearsing
+            )
             self._attempt("pending record", lambda: run.pend(left))
         else:
             self._attempt("journal", run.end)
@@ -237,7 +241,7 @@ class _Recovery:
             # version wrote is not damaged.
             return
         self._warnings.append(f"moved away as {self._journal.set_aside()}")
-        if not (self._result.unfinished or held or self._parked):
+        if not (self._result.unfinished or held or self._parked or self._rehearsing):
             self._journal.drop_pending()
 
     def _let_go(self) -> bool:

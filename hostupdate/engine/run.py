@@ -129,7 +129,7 @@ class Run:
         problem = ""
         writes: list[Callable[[], None]] = [lambda: journal.save_report(self._report)]
         left = self._pause.unresumed() or self._handover.unfinished
-        if not (left or journal.pending.held):
+        if not (left or journal.pending.held or journal.pending.rehearsing):
             writes.append(journal.end)
         for write in writes:
             try:
