@@ -20,6 +20,8 @@ _LIBVIRT_UNIT = re.compile(
     r"|proxy|lxc|xen|vbox|ch|log|lock)d(-[a-z-]+)?|virt-guest-shutdown|virt-secret-init-encryption)"
     r"\.(service|socket|target)"
 )
+#: Helpers of QEMU itself, which it connects to anew (scsi/pr-manager-helper.c).
+_HELPER = re.compile(r"qemu-(pr|vmsr)-helper\.(service|socket)")
 _UNIT = re.compile(
     r"/systemd/system/(?P<unit>[^/]+\.(service|socket|timer|path|mount|automount|swap|slice|target))"
 )
@@ -74,10 +76,10 @@ def judge_packages(
 
 
 def units_of(change: PackageChange) -> tuple[str, ...]:
-    """The units and init scripts that the installed version holds."""
+    """The units and init scripts that the installed version holds, but QEMU's own helpers."""
     found = [match["unit"] for file in change.files if (match := _UNIT.search(file))]
     found += [match["unit"] for file in change.files if (match := _INIT.fullmatch(file))]
-    return tuple(dict.fromkeys(found))
+    return tuple(unit for unit in dict.fromkeys(found) if not _HELPER.fullmatch(unit))
 
 
 def _judge(change: PackageChange, uses: Sequence[QemuUse]) -> PackageVerdict:

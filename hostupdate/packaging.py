@@ -21,7 +21,8 @@ _INSTALL = (
     *("-o", "Dpkg::Options::=--force-confold", "-o", "DPkg::Lock::Timeout=60"),
 )
 _INSPECT = """\
-for deb; do dpkg-deb --fsys-tarfile "$deb" | tar -tf - | grep -E "$0" && exit 1; done; exit 0"""
+for deb; do dpkg-deb --fsys-tarfile "$deb" | tar -tf - | grep -E "$0" | \
+grep -vE '/qemu-(pr|vmsr)-helper[.](service|socket)$' && exit 1; done; exit 0"""
 _VERIFY = """\
 for each; do [ "$(dpkg-query -W -f '${Version} ${db:Status-Status}' "${each%%=*}")" = \
 "${each#*=} installed" ] || exit 1; done"""

@@ -282,6 +282,10 @@ def _probe(like: ET.Element) -> str:
     if kind is not None:
         kind.tail = None
         ET.SubElement(probe, "os").append(kind)
+    # Without ACPI libvirt 9.0 says -no-acpi, which QEMU does not know any more since 9.0.
+    acpi = like.find("features/acpi")
+    if acpi is not None:
+        ET.SubElement(ET.SubElement(probe, "features"), "acpi")
     devices = ET.SubElement(probe, "devices")
     ET.SubElement(devices, "emulator").text = like.findtext("devices/emulator")
     return ET.tostring(probe, encoding="unicode")

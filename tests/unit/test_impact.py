@@ -66,6 +66,12 @@ def change(*files: str, **more: str) -> PackageChange:
             "holds services",
             "other",
         ),
+        (
+            change(QEMU, "/usr/lib/systemd/system/qemu-vmsr-helper.service"),
+            Impact.HANDOVER,
+            "QEMUs use it",
+            QEMU,
+        ),
         (change("/usr/lib/systemd/system/virtual-thing.service"), None, "holds services", ""),
         (change(QEMU, "/usr/lib/systemd/system/x.service"), None, "holds services", "x.service"),
         # the kernel and what boots
