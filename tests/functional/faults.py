@@ -97,10 +97,16 @@ class Bench:
             self.made.lab.names,
         )
         self.image = self.base / "last.image"
+        self.learn_uuids()
         connection = libvirt.open(self.made.daemon.uri)
-        self.uuids = {name: connection.lookupByName(name).UUIDString() for name in self.lab.names}
         connection.lookupByName(self.lab.names[-1]).save(str(self.image))
         connection.restore(str(self.image))
+        connection.close()
+
+    def learn_uuids(self) -> None:
+        """Of the guests, by name; one that was made anew has another."""
+        connection = libvirt.open(self.made.daemon.uri)
+        self.uuids = {name: connection.lookupByName(name).UUIDString() for name in self.lab.names}
         connection.close()
 
     def replenish(self) -> None:
@@ -248,7 +254,8 @@ class Bench:
         ]
         homes = [p for p in (self.base / "ram/libvirt/qemu").iterdir()]
         assert len(homes) == len(list(names)), "RAM of a QEMU that is gone"
-        assert len(pids_naming("")) == len(homes), "a QEMU that is no guest's"
+        ours = pids_naming(str(self.base))  # those of other tests' guests are none of its business
+        assert len(ours) == len(homes), "a QEMU that is no guest's"
         for name in names:
             assert not self.ignores_shared(name), f"{name}: x-ignore-shared is on"
 
