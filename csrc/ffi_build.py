@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-SOURCES = ("freezer", "keeper", "clock", "ram", "digest")
+SOURCES = ("freezer", "keeper", "clock", "ram", "digest", "address_space")
 
 FLAGS = [
     "-std=gnu11",

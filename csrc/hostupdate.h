@@ -213,6 +213,17 @@ int hu_ram_digest_file(int32_t fd, uint64_t offset_bytes, uint64_t length_bytes,
 int hu_ram_digest_process(int32_t pid, const struct hu_ram_mapping *mapping, uint64_t sample_pages,
 			  struct hu_ram_digest *ret_digest);
 
+/* ---- address space ---- */
+
+/*
+ * Keeps the address space of a process until the returned descriptor is closed, also by this
+ * process's end. One that dies meanwhile is gone at once: its memory is unmapped by a thread of this
+ * process after the close, which does not wait for it (60 ms for a GiB mapped in pages of 4 KiB).
+ * -ESRCH: there is no such process, or it has begun to die; -EACCES: it is not ours to look at;
+ * -EPERM, -ENOSYS: no userfaultfd for us (CAP_SYS_PTRACE) or in this kernel; -ETIMEDOUT.
+ */
+int hu_address_space_hold(int32_t pid, int64_t timeout_ns);
+
 /* ---- clock ---- */
 
 struct hu_clock_reading {

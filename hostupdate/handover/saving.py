@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import msgspec
 
+from hostupdate.core.address_space import held
 from hostupdate.errors import (
     DeadlineError,
     GuestError,
@@ -86,7 +87,8 @@ class Saving:
         try:
             self._host.hook.guard(record)
             domains.set_ignore_shared(record.uuid, True)
-            self._save(record)
+            with held(self._host.find_pid(record.uuid)):  # to unmap a GiB takes 60 ms
+                self._save(record)
         except HostUpdateError as error:
             if isinstance(error, DeadlineError):
                 domains.cancel(record.uuid)
