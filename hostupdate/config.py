@@ -101,11 +101,18 @@ class Clock(Table, frozen=True, kw_only=True):
     timeout_ns: Annotated[int, span(MINUTE)] = 10 * SECOND
 
 
+#: libvirtd takes so many calls of one connection and one more (max_client_requests in
+#: libvirtd.conf); it would not even see a keepalive beyond that.
+WORKERS_MAX = 4
+
+
 class Handover(Table, frozen=True, kw_only=True):
     """Guests under another QEMU."""
 
     #: save: libvirt saves a guest; own-save: its QEMU is made to, and ended, which is quicker.
     way: Literal["save", "own-save"] = "own-save"
+    #: How many are parked or unparked at a time, where all must be parked. 0: one a core, up to 4.
+    workers: Annotated[int, Meta(ge=0, le=WORKERS_MAX, description="0 to 4", examples=[2])] = 0
 
 
 #: A file or directory of this host.

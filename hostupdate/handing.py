@@ -9,6 +9,7 @@ from hostupdate.durations import format_duration
 from hostupdate.eligibility import Eligibility
 from hostupdate.manifest import Manifest
 from hostupdate.model import Action, Phase, PlannedGuest
+from hostupdate.prediction import full_digests_ns
 
 #: What one guest may take from its stop to its run. Measured were 0.75 to 0.95 s on a quiet host
 #: and up to 3.9 s on an overloaded one (docs/handover.md).
@@ -31,13 +32,25 @@ def handover_reasons(
     return reasons
 
 
-def predicted_ns(manifest: Manifest, guests: int) -> int:
+def handover_ns(guests: int, workers: int) -> int:
+    """What so many guests may take together, ``workers`` of them at a time."""
+    return HANDOVER_NS * -(-guests // workers)
+
+
+def predicted_ns(manifest: Manifest, ram_bytes: Sequence[int], workers: int) -> int:
     """Longest blackout of one guest: alone where nothing else happens meanwhile; else with all
-    others, and with the steps that need every QEMU gone."""
+    others, and with the steps that need every QEMU gone.
+
+    ``ram_bytes``: of each guest, as far as all of it is digested.
+    """
     steps = manifest.steps_in(Phase.BLACKOUT)
     if not steps:
-        return HANDOVER_NS
-    return HANDOVER_NS * guests + sum(step.timeout_ns or HANDOVER_NS for step in steps)
+        return HANDOVER_NS + max(map(full_digests_ns, ram_bytes), default=0)
+    return (
+        handover_ns(len(ram_bytes), workers)
+        + full_digests_ns(sum(ram_bytes))
+        + sum(step.timeout_ns or HANDOVER_NS for step in steps)
+    )
 
 
 def handover_actions(
@@ -47,13 +60,15 @@ def handover_actions(
     clock_title: str,
     step_action: Mapping[str, Action],
 ) -> list[Action]:
-    """One guest after the other, or where steps of the manifest need every QEMU gone, all at once.
+    """One guest after the other, or where steps of the manifest need every QEMU gone, all at once:
+    such a park and unpark name no guest.
 
     ``step_action`` holds the actions of the manifest's steps, by name.
     """
     names = ", ".join(guest.name for guest in guests)
     program = manifest.qemu.program if manifest.qemu is not None else ""
     under = program or "the QEMU that is installed then"
+    limit = format_duration(budget_ns)
 
     def action(phase: Phase, kind: str, title: str, undo: str = "", guest: str = "") -> Action:
         return Action(phase=phase, kind=kind, title=title, undo=undo, guest=guest)
@@ -68,29 +83,33 @@ def handover_actions(
         ),
         *steps(stage),
         action(stage, "warm", f"have libvirt look at {under}"),
+        action(stage, "watch", f"start the keeper: a guest runs within {limit}", "end the keeper"),
     ]
     for guest in guests:
         title = f"rehearse {guest.name} under {under}: it stops for some milliseconds"
         actions.append(action(stage, "rehearse", title, guest=guest.uuid))
-    limit = format_duration(budget_ns)
     actions += [
         action(stage, "clocks-before", f"measure the clocks of {names}"),
         action(stage, "prepare", f"give the RAM of {names} a second name", "take it away"),
-        action(stage, "watch", f"start the keeper: a guest runs within {limit}", "end the keeper"),
         action(stage, "recheck", f"see that {names} still run, and no others"),
     ]
-    park, unpark, run = [], [], []
-    for guest in guests:
-        park.append(action(blackout, "park", f"park {guest.name}", "unpark it", guest.uuid))
-        title = f"unpark {guest.name} under {under}"
-        unpark.append(action(blackout, "unpark", title, "", guest.uuid))
-        run.append(action(blackout, "commit", f"let {guest.name} run", "", guest.uuid))
+    run = [action(blackout, "commit", f"let {g.name} run", "", g.uuid) for g in guests]
     middle = steps(blackout)
     if middle:
-        actions += [*park, *middle, *unpark, *run]
+        actions += [
+            action(blackout, "park", f"park {names}", "unpark them"),
+            *middle,
+            action(blackout, "unpark", f"unpark {names} under {under}"),
+            *run,
+        ]
     else:
-        for three in zip(park, unpark, run, strict=True):
-            actions += three
+        for guest, last in zip(guests, run, strict=True):
+            title = f"unpark {guest.name} under {under}"
+            actions += [
+                action(blackout, "park", f"park {guest.name}", "unpark it", guest.uuid),
+                action(blackout, "unpark", title, "", guest.uuid),
+                last,
+            ]
     return [
         *actions,
         action(finish, "clocks", clock_title.format(names)),

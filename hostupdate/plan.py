@@ -113,12 +113,19 @@ def make_plan(
     handed = pauses and actual is Impact.HANDOVER
     if handed:
         method_reason = "guests come under another QEMU, one after the other"
-        predicted_ns = handing.predicted_ns(manifest, len(paused))
+        digested = {
+            located.guest.uuid: located.guest.memory_bytes if verify_ram == "full" else 0
+            for located in guests
+        }
+        predicted_ns = handing.predicted_ns(
+            manifest, [digested[guest.uuid] for guest in paused], config.handover.workers or 1
+        )
         reasons += handing.handover_reasons(paused, eligible or {})
         if predicted_ns > budget_ns:
             reasons.append(
                 f"the blackout may last {format_duration(predicted_ns)}, the budget is "
-                f"{format_duration(budget_ns)}: raise the budget or lower the steps' time-outs"
+                f"{format_duration(budget_ns)}: raise the budget, lower the steps' time-outs, or "
+                "do without digests of all RAM"
             )
     elif pauses:
         timeouts_ns = [step.timeout_ns for step in manifest.steps_in(Phase.BLACKOUT)]

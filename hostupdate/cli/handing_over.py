@@ -16,8 +16,14 @@ import msgspec
 from hostupdate.cli.settings import Settings
 from hostupdate.config import Config
 from hostupdate.core import ram
-from hostupdate.eligibility import Eligibility, HandoverFacts, judge
-from hostupdate.errors import GuestError, HostUpdateError, RefusedError
+from hostupdate.eligibility import Blocker, Eligibility, HandoverFacts, judge
+from hostupdate.errors import (
+    GuestError,
+    HostUpdateError,
+    InputError,
+    PrerequisiteError,
+    RefusedError,
+)
 from hostupdate.guests import Hypervisor, capabilities
 from hostupdate.guests.command import GuestCommand
 from hostupdate.guests.parking import Parking
@@ -39,6 +45,10 @@ from hostupdate.parked import ParkedRecord, ParkedState
 _LIFE_NS = 40_000_000_000
 #: For a daemon to have read its configuration anew.
 _RELOAD_NS = 5_000_000_000
+_REPLACED = Blocker(
+    reason="its QEMU is not installed any more: there is no way back to it",
+    remedy="only the rehearsal stands between it and a QEMU that does not take it",
+)
 #: The mark at the end of a name.
 _KEPT = re.compile(r"-[0-9a-f]{12}\Z")
 
@@ -77,24 +87,30 @@ class HandoverHand:
         self._program = program
         self._builds = Path(config.paths.builds)
         self._sample_pages = 0 if verify_ram == "full" else SAMPLE_PAGES
-        #: emulator -> its mark, and its build; None: it is a script, which no package replaces
+        #: guest -> its emulator's mark, and its build; None: a script, which no package replaces
         self._kept: dict[str, tuple[str, builds.Build | None]] = {}
 
     def keep(self, uuids: Sequence[str]) -> None:
-        for emulator in sorted({self._way.facts(uuid).emulator for uuid in uuids}):
-            mark = _mark(emulator)
-            if not _is_binary(emulator):
-                self._kept[emulator] = mark, None
-                continue
-            into = self._builds / f"{Path(emulator).name}-{mark}"
-            self._builds.mkdir(mode=0o755, parents=True, exist_ok=True)
-            self._kept[emulator] = mark, builds.keep(Path(emulator), into)
-            closed = builds.closed_to_others(into / "qemu")
-            if closed is not None:
-                raise RefusedError(
-                    [f"{closed} is closed to others: a guest's QEMU could not be run from {into}"],
-                    remedy=f"chmod o+x {closed}, or set [paths] builds",
-                )
+        kept: dict[str, tuple[str, builds.Build | None]] = {}
+        for uuid in uuids:
+            emulator = self._way.facts(uuid).emulator
+            if emulator not in kept:
+                binary = _is_binary(emulator)
+                kept[emulator] = _mark(emulator), self._build(uuid, emulator) if binary else None
+            self._kept[uuid] = kept[emulator]
+
+    def _build(self, uuid: str, emulator: str) -> builds.Build:
+        """RefusedError: guests could not be run from it."""
+        into = self._builds / f"{Path(emulator).name}-{_mark(emulator)}"
+        self._builds.mkdir(mode=0o755, parents=True, exist_ok=True)
+        build = builds.keep(Path(emulator), into)
+        closed = builds.closed_to_others(build.wrapper)
+        if closed is not None:
+            raise RefusedError(
+                [f"{closed} is closed to others: a guest's QEMU could not be run from {into}"],
+                remedy=f"chmod o+x {closed}, or set [paths] builds",
+            )
+        return build
 
     def drop_kept(self) -> None:
         _remove_idle(self._builds)
@@ -119,11 +135,19 @@ class HandoverHand:
         target = Path(self._target(uuid))
         try:
             found = rehearsal.rehearse(
-                command, processes.command_line(pid), target, scratch, mark=mark
+                command,
+                builds.command(processes.command_line(pid)),
+                target,
+                scratch,
+                mark=mark,
             )
         except RefusedError as error:
             raise GuestError(facts.name, str(error), remedy=error.remedy) from error
         return found.reason, found.paused_ns, found.new_version
+
+    def end_rehearsal(self, uuid: str) -> None:
+        self._hypervisor.revive()
+        end_rehearsal(self._hypervisor, uuid)
 
     def prepare(self, uuid: str) -> ParkedRecord:
         _have_hook_called(self._host, uuid)
@@ -150,16 +174,27 @@ class HandoverHand:
         return parts.hexdigest()
 
     def unpark(self, record: ParkedRecord) -> ParkedRecord:
-        program = self._program if self._program != record.old_emulator else ""
-        return self._way.unpark(record, program or None)
+        target = self._program or builds.origin(record.old_emulator)
+        return self._way.unpark(record, None if target == record.old_emulator else target)
 
     def rollback(self, record: ParkedRecord) -> ParkedRecord:
-        """Under the very QEMU that it ran under: where its place has another now, the kept one."""
-        mark, build = self._kept[record.old_emulator]
-        if _mark(record.old_emulator) != mark:
-            if build is None:
-                raise GuestError(record.name, f"{record.old_emulator} is not what it was")
-            record = msgspec.structs.replace(record, old_emulator=str(build.wrapper))
+        """Under the very QEMU that it ran under: where its place has another now, or it does not
+        take the guest any more, the kept one."""
+        mark, build = self._kept[record.uuid]
+        kept = record
+        if build is not None:
+            kept = msgspec.structs.replace(record, old_emulator=str(build.wrapper))
+        if record.old_emulator != kept.old_emulator and _mark(record.old_emulator) == mark:
+            try:
+                return self._rollback(record)
+            except GuestError:
+                if record.moved_on:
+                    raise
+        elif build is None and _mark(record.old_emulator) != mark:
+            raise GuestError(record.name, f"{record.old_emulator} is not what it was")
+        return self._rollback(kept)
+
+    def _rollback(self, record: ParkedRecord) -> ParkedRecord:
         try:
             return self._way.rollback(record)
         except GuestError:  # the daemon may have been started anew, without our hook
@@ -184,7 +219,7 @@ class HandoverHand:
         return {uuid: (qemu.pid, qemu.started) for uuid, qemu in found.items()}
 
     def _target(self, uuid: str) -> str:
-        return self._program or self._way.facts(uuid).emulator
+        return self._program or builds.origin(self._way.facts(uuid).emulator)
 
 
 def _have_hook_called(host: Host, uuid: str) -> bool:
@@ -224,13 +259,16 @@ def eligibility(
                 embedded=embedded,
                 swap_bytes=ram_backing.swap_bytes(),
                 security_drivers=drivers,
-                command_line=tuple(processes.command_line(place.pid)),
+                command_line=tuple(builds.command(processes.command_line(place.pid))),
                 qemu_blockers=inquiry.blockers(command),
                 block_jobs=inquiry.block_jobs(command),
             )
         except (HostUpdateError, OSError):
             continue
-        found[uuid] = judge(facts)
+        judged = judge(facts)
+        if processes.is_replaced(place.pid):
+            judged = msgspec.structs.replace(judged, warnings=(*judged.warnings, _REPLACED))
+        found[uuid] = judged
     return found
 
 
@@ -248,7 +286,7 @@ def qemu_uses(guests: Sequence[LocatedGuest]) -> list[QemuUse]:
         uses.append(
             QemuUse(
                 guest=located.guest.name,
-                files=processes.used_files(pid),
+                files=processes.used_files(pid) | {builds.origin(program)},
                 directories=directories[program],
             )
         )
@@ -256,22 +294,32 @@ def qemu_uses(guests: Sequence[LocatedGuest]) -> list[QemuUse]:
 
 
 def _is_binary(program: str) -> bool:
-    with open(program, "rb") as file:
-        return file.read(4) == b"\x7fELF"
+    try:
+        with open(program, "rb") as file:
+            return file.read(4) == b"\x7fELF"
+    except OSError as error:
+        raise PrerequisiteError(
+            f"{program}, which a guest runs under, cannot be read: {error.strerror}",
+            remedy="install it again",
+        ) from error
 
 
 def _mark(program: str) -> str:
-    """Names a binary as it is now."""
-    status = os.stat(program)
+    """Names a binary as it is now; empty where it is gone."""
+    try:
+        status = os.stat(program)
+    except OSError:
+        return ""
     text = f"{status.st_dev} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def bring_back(
-    settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str
+    settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str, *, committed: bool
 ) -> tuple[dict[str, str], list[str], bool]:
     """Recovers every guest that has a parked record: problems by guest, those that run, and
-    whether one of them had been let run under its new QEMU."""
+    whether one of them is under its new QEMU, so that the update stays. It does in any case where
+    it is ``committed``; else guests go back to where they were."""
     host = parking_host(settings, config, hypervisor, run_id)
     problems: dict[str, str] = {}
     running = []
@@ -283,12 +331,23 @@ def bring_back(
             if record is None:
                 continue
             name = record.name
-            found = _recovered(host, config, record)
-            moved = moved or (found is Recovered.COMMITTED and record.moved_on)
+            moved |= _recovered(host, config, record, committed or moved)
             running.append(name)
         except HostUpdateError as error:
             problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
+        except Exception as error:  # a bug of ours: the others come back all the same
+            problems[name] = f"internal error: {type(error).__name__}: {error}"
     return problems, running, moved
+
+
+def some_moved_on(state: Path) -> bool:
+    """Whether a guest has been let run under its new QEMU, by what is parked."""
+    records = ParkedRecords(state)
+    found = []
+    for uuid in records.uuids():
+        with suppress(InputError):  # it is told of when it is to come back
+            found.append(records.read(uuid))
+    return any(record is not None and record.moved_on for record in found)
 
 
 def give_up(
@@ -304,23 +363,51 @@ def give_up(
     discard(parking_host(settings, config, hypervisor, record.run_id), record)
 
 
-def _recovered(host: Host, config: Config, record: ParkedRecord) -> Recovered:
-    """Recovers a guest under the QEMU that its image names, else under the one that was kept."""
+def _recovered(host: Host, config: Config, record: ParkedRecord, committed: bool) -> bool:
+    """Recovers a guest under the QEMU that it ran under, or where the update is in place under the
+    new one; else under the other. Whether it is under the new one."""
+    old = record.old_emulator
+    kept = _kept(config, old)
+    mark = _mark(old)
+    back = old
+    if kept is not None and not (mark and kept.directory.name.endswith(mark)):
+        back = str(kept.wrapper)
+    changed = back != old or record.new_emulator not in (None, old)
+    ways = [(back, back), (old, record.new_emulator if changed else old)]
+    if kept is not None and back == old:
+        ways.append((str(kept.wrapper), str(kept.wrapper)))
+    if committed:
+        ways.sort(key=lambda way: way[0] == way[1])
+    first: GuestError | None = None
+    for origin, emulator in dict.fromkeys(ways):
+        again = record if first is None else host.records.read(record.uuid)
+        if again is None or (first is not None and again.state is ParkedState.RUNNING):
+            break
+        again = msgspec.structs.replace(again, old_emulator=origin)
+        try:
+            found = _recover(host, again, emulator, stay=committed or not changed)
+        except GuestError as error:
+            first = first or error
+            continue
+        if found is Recovered.COMMITTED:
+            return record.moved_on or (changed and record.state is not ParkedState.RUNNING)
+        return found is Recovered.UNPARKED and changed and emulator != origin
+    assert first is not None
+    raise first
+
+
+def _recover(host: Host, record: ParkedRecord, emulator: str | None, *, stay: bool) -> Recovered:
     try:
-        return recover(host, record)
-    except GuestError as error:
-        first = error
-    again = host.records.read(record.uuid)
-    if again is None or again.state is ParkedState.RUNNING:
-        raise first
-    with suppress(HostUpdateError):  # it may have no definition to ask with
-        if _have_hook_called(host, record.uuid):
-            return recover(host, again)
-    kept = _kept(config, again.old_emulator)
-    if kept is None:
-        raise first
-    again = msgspec.structs.replace(again, old_emulator=str(kept.wrapper))
-    return recover(host, again, again.old_emulator)
+        return recover(host, record, emulator, stay=stay)
+    except GuestError:  # the daemon may have been started anew, without our hook
+        again = host.records.read(record.uuid)
+        if again is None or again.state is ParkedState.RUNNING:
+            raise
+        with suppress(HostUpdateError):  # it may have no definition to ask with
+            if _have_hook_called(host, record.uuid):
+                again = msgspec.structs.replace(again, old_emulator=record.old_emulator)
+                return recover(host, again, emulator, stay=stay)
+        raise
 
 
 def clear_up(state: Path, config: Config) -> None:
@@ -345,7 +432,8 @@ def end_rehearsal(hypervisor: Hypervisor, uuid: str) -> None:
 def _kept(config: Config, emulator: str) -> builds.Build | None:
     """What was kept of a QEMU; the newest where there is more than one."""
     found = Path(config.paths.builds).glob(f"{Path(emulator).name}-*/qemu")
-    wrappers = sorted(found, key=lambda path: path.stat().st_mtime_ns)
+    wrappers = [path for path in found if builds.origin(str(path)) == emulator]
+    wrappers.sort(key=lambda path: path.stat().st_mtime_ns)
     return builds.Build(wrappers[-1].parent) if wrappers else None
 
 

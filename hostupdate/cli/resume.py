@@ -59,6 +59,7 @@ _LOCK_NS = 10_000_000_000
 #: How long a guest that was told to run may go on being frozen.
 _THAW_NS = 1_000_000_000
 _POLL_S = 0.1
+_ALL_PARKED = "(all that are parked)"
 
 
 @click.command("resume")
@@ -132,12 +133,17 @@ class _Recovery:
         if record.guests:
             self._result = recover(record, _hands(record, self._libvirt), record.libvirt_timeout_ns)
         self._warnings += self._result.warnings
-        self._unpark()
-        faults.point("resume.guests-run")
+        run: RunJournal | None = None
+        failure: HostUpdateError | None = None
         try:
             run = self._journal.reopen(record)
         except HostUpdateError as error:
-            self._without_journal(error)
+            failure = error
+        self._unpark(run)
+        faults.point("resume.guests-run")
+        if run is None:
+            assert failure is not None
+            self._without_journal(failure)
             return
         try:
             self._finish(run)
@@ -147,33 +153,59 @@ class _Recovery:
         finally:
             run.close()
 
-    def _unpark(self) -> None:
-        """Guests that are parked, or were being handed over, run again."""
+    def _unpark(self, run: RunJournal | None) -> None:
+        """Guests that are parked, or were being handed over, run again. Without its journal the
+        run's steps cannot be undone: its update stays."""
         records = ParkedRecords(self._settings.state)
-        if not (records.uuids() or self._record.rehearsing):
+        if not (records.uuids() or self._rehearsing):
             return
-        from hostupdate.cli.handing_over import bring_back, end_rehearsal
+        from hostupdate.cli.handing_over import bring_back, end_rehearsal, some_moved_on
 
+        committed = run is None or some_moved_on(self._settings.state)
+        if run is not None and not committed:
+            with suppress(HostUpdateError):
+                committed = self._before_guests(run)
         problems: dict[str, str] = {}
         told: list[str] = []
+        moved = False
         try:
             hypervisor = self._libvirt.wait(PATIENCE_NS)
-            if self._record.rehearsing:
-                end_rehearsal(hypervisor, self._record.rehearsing)
+            if self._rehearsing:
+                end_rehearsal(hypervisor, self._rehearsing)
                 self._rehearsing = ""
             config = self._config()
-            problems, told, self._moved = bring_back(
-                self._settings, config, hypervisor, self._record.run_id
+            problems, told, moved = bring_back(
+                self._settings, config, hypervisor, self._record.run_id, committed=committed
             )
         except HostUpdateError as error:
-            problems = {"(all that are parked)": str(error)}
-        self._told += told
+            problems = {_ALL_PARKED: str(error)}
+        self._told += [name for name in told if name not in self._told]
+        self._moved = self._moved or moved
+        before = {
+            name: problem
+            for name, problem in self._result.problems.items()
+            if name != _ALL_PARKED and name not in told
+        }
         self._result = Recovered(
-            problems=self._result.problems | problems,
+            problems=before | problems,
             unfinished=self._result.unfinished,
             warnings=self._result.warnings,
         )
         self._parked = bool(records.uuids())
+
+    def _before_guests(self, run: RunJournal) -> bool:
+        """Undoes what was done while guests were parked; whether the update is in place instead."""
+        plan, records = run.plan(), run.records()
+        if plan is None or any(record.kind is Kind.COMMITTED for record in records):
+            return True
+        if run.report() is not None:  # the run has undone all that it did itself
+            return False
+        directory = self._journal.directory(self._record.run_id)
+        survivors = Survivors(self._record.run_id, directory)
+        early = Unwind(plan, records, survivors, run, _tell, same_boot=self._same_boot)
+        early.before_guests()
+        self._warnings += early.problems
+        return False
 
     def _clear_up(self) -> None:
         from hostupdate.cli.handing_over import clear_up
@@ -208,6 +240,8 @@ class _Recovery:
             self._unwind = Unwind(plan, records, survivors, run, _tell, same_boot=self._same_boot)
             self._unwind.execute()
             self._warnings += self._unwind.problems
+            if self._parked:  # what kept them from running may be undone now
+                self._unpark(run)
             conclude(self.report, self._result, self._unwind)
         elif self.report is not None and (record.guests or self._told):
             self._correct_clocks()

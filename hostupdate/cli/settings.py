@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import msgspec
 from click.core import ParameterSource
 
-from hostupdate.config import Config, decode_config
+from hostupdate.config import WORKERS_MAX, Config, decode_config
 from hostupdate.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,13 +45,17 @@ class Settings:
         return self.connect or DEFAULT_URI
 
     def load_config(self) -> Config:
-        """Reads the configuration. A file named by --config must exist, the default may not."""
+        """Reads the configuration, with workers for this host's cores where it names none. A file
+        named by --config must exist, the default may not."""
         main = self.config or DEFAULT_CONFIG
         if self.config is not None and not main.exists():
             raise InputError(str(main), "", "no such file", remedy="correct --config")
         paths = [main] if main.exists() else []
         paths += sorted((main.parent / "conf.d").glob("*.toml"))
-        return decode_config([(str(path), read_file(path)) for path in paths])
+        config = decode_config([(str(path), read_file(path)) for path in paths])
+        workers = config.handover.workers or min(WORKERS_MAX, len(os.sched_getaffinity(0)))
+        handover = msgspec.structs.replace(config.handover, workers=workers)
+        return msgspec.structs.replace(config, handover=handover)
 
 
 def read_file(path: Path) -> bytes:

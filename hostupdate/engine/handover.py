@@ -4,7 +4,8 @@ Happy path, for each guest: rehearse -> prepare -> park -> unpark -> commit -> c
 
 Unhappy paths:
 
-1. A rehearsal fails, or anything before the first park: nothing was at stake.
+1. A rehearsal fails, or anything before the first park: nothing was at stake. A guest that it
+   stopped is let run, by the keeper's recovery if need be.
 2. A guest cannot be parked: it runs on under its old QEMU; :meth:`let_run` aborts.
 3. A new QEMU does not take a guest: it comes back under the QEMU that was kept. While no guest has
    been let run under the new one the run fails and is undone; after that it goes on with those that
@@ -17,10 +18,12 @@ Unhappy paths:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from hostupdate import faults
 from hostupdate.engine.ports import HandoverPort, Hands, KeeperPort
 from hostupdate.errors import (
     CoreError,
@@ -29,12 +32,15 @@ from hostupdate.errors import (
     HostUpdateError,
     HypervisorError,
 )
+from hostupdate.handing import handover_ns
 from hostupdate.model import Action, GuestReport, Impact, Plan
 from hostupdate.parked import ParkedRecord, ParkedState
 
 #: For a daemon that has died to be started again, by systemd, while a guest is parked.
 PATIENCE_NS = 10_000_000_000
 _POLL_S = 0.1
+_RESUME = "run `hostupdate resume`"
+_PARKED = (ParkedState.SAVED, ParkedState.STRIPPED)
 _KNOWN = {
     ParkedState.LINKED: "whether it runs is not known",
     ParkedState.SAVED: "it stays parked",
@@ -45,7 +51,7 @@ _KNOWN = {
 
 class Handover:
     """The guests that are handed over in one run, into ``reports``. ``degrade`` takes what is not
-    as promised."""
+    as promised; ``workers``: how many guests are parked or unparked at a time."""
 
     def __init__(
         self,
@@ -53,11 +59,14 @@ class Handover:
         hands: Hands,
         reports: dict[str, GuestReport],
         degrade: Callable[[str], None],
+        workers: int,
     ) -> None:
         self._plan = plan
         self._hands = hands
         self._reports = reports
         self._degrade = degrade
+        self._workers = workers
+        self._all_at_once = any(not a.guest for a in plan.actions if a.kind == "park")
         handed = plan.actual is Impact.HANDOVER
         self._names = {guest.uuid: guest.name for guest in plan.paused} if handed else {}
         self._checked = {g.uuid for g in plan.paused if handed and not g.digest_reason}
@@ -68,9 +77,11 @@ class Handover:
         self._patience_end_ns: int | None = None
         self._keeper: KeeperPort | None = None
         self._armed = False
+        self._deadline_ns = 0
         self.keeper_problem = ""
         self.began = False  #: some guest may have been parked
         self.committed = False  #: some guest was let run under its new QEMU
+        self.touched: set[str] = set()  #: guests that were stopped, for a rehearsal or in earnest
         self._given_up = False  #: no other guest is touched
 
     @property
@@ -86,7 +97,8 @@ class Handover:
 
     def drop_kept(self) -> None:
         """The undo of it, and its end. What a parked guest may need stays."""
-        if self._names and not self._problems:
+        parked = any(record.state in _PARKED for record in self._records.values())
+        if self._names and not parked and not self._problems:
             self._port.drop_kept()
 
     def warm(self, _action: Action) -> None:
@@ -96,17 +108,44 @@ class Handover:
     def rehearse(self, action: Action) -> None:
         """GuestError: the new QEMU does not take it, in its own words."""
         journal = self._hands.journal
+        uuid = action.guest
+        name = self._names[uuid]
 
         def mark(on: bool) -> None:
-            uuid = action.guest if on else ""
-            journal.pend(msgspec.structs.replace(journal.pending, rehearsing=uuid))
+            journal.pend(msgspec.structs.replace(journal.pending, rehearsing=uuid if on else ""))
+            if on:
+                self.touched.add(uuid)
+                self._arm()
+            else:
+                self.disarm()
 
-        name = self._names[action.guest]
-        problem, paused_ns, version = self._port.rehearse(action.guest, mark)
+        try:
+            problem, paused_ns, version = self._port.rehearse(uuid, mark)
+        except HostUpdateError:
+            self._end_rehearsal()
+            raise
         took = f", stopped for {paused_ns / 1e6:.1f} ms" if paused_ns is not None else ""
         if problem:
             raise GuestError(name, f"QEMU {version} does not take it: {problem}")
-        self._reports[action.guest].notes.append(f"rehearsed under QEMU {version}{took}")
+        self._reports[uuid].notes.append(f"rehearsed under QEMU {version}{took}")
+
+    def _end_rehearsal(self) -> None:
+        """The guest of a rehearsal that was cut short runs as before, or is in :meth:`problems`."""
+        journal = self._hands.journal
+        uuid = journal.pending.rehearsing
+        if not uuid:
+            return
+        while True:
+            try:
+                self._port.end_rehearsal(uuid)
+                journal.pend(msgspec.structs.replace(journal.pending, rehearsing=""))
+                self._problems.pop(uuid, None)
+                break
+            except HostUpdateError as error:
+                self._problems[uuid] = f"its rehearsal has stopped it: {error}; {_RESUME}"
+                if not self._patient():
+                    break
+        self.disarm()
 
     def prepare(self, _action: Action) -> None:
         """RAM files get their second name, and recovery gets its records."""
@@ -120,23 +159,29 @@ class Handover:
     # ---- blackout
 
     def park(self, action: Action) -> None:
-        """GuestError: the guest runs, under its old QEMU."""
+        """One guest, or all. GuestError: it runs, under its old QEMU."""
         if self._given_up:
             return
-        uuid = action.guest
         self.began = True
         self._arm()
-        before = self._records[uuid]
+        self._each(action, self._park)
+
+    def _park(self, uuid: str) -> None:
+        self.touched.add(uuid)
         self._reports[uuid].paused_monotonic_ns = time.monotonic_ns()
         with self._or_give_up(uuid):
-            self._records[uuid] = self._port.park(before)
+            self._records[uuid] = self._port.park(self._records[uuid])
+            faults.point("park.parked")
             if uuid in self._checked:
                 self._digests[uuid] = self._port.digest(self._records[uuid])
 
     def unpark(self, action: Action) -> None:
-        """GuestError: it is under its old QEMU again, or in :meth:`problems`."""
-        uuid = action.guest
-        if self._records[uuid].state is not ParkedState.SAVED:
+        """One guest, or all. GuestError: it is under its old QEMU again, or in
+        :meth:`problems`."""
+        self._each(action, self._unpark)
+
+    def _unpark(self, uuid: str) -> None:
+        if not self._is(uuid, ParkedState.SAVED):
             return
         with self._or_give_up(uuid):
             self._records[uuid] = self._port.unpark(self._records[uuid])
@@ -145,12 +190,31 @@ class Handover:
     def commit(self, action: Action) -> None:
         """Lets it run under its new QEMU: from here on there is no way back for it."""
         uuid = action.guest
-        if self._records[uuid].state is not ParkedState.STRIPPED:
+        if not self._is(uuid, ParkedState.STRIPPED):
             return
         with self._or_give_up(uuid):
             self._let_go(uuid)
             self.committed = True
         self.disarm()
+
+    def _is(self, uuid: str, state: ParkedState) -> bool:
+        """A guest whose handover was aborted has no record."""
+        record = self._records.get(uuid)
+        return record is not None and record.state is state
+
+    def _each(self, action: Action, act: Callable[[str], None]) -> None:
+        """For the action's guest, or for all, some at a time."""
+        if action.guest:
+            act(action.guest)
+        else:
+            self._together([*self._names], act)
+
+    def _together(self, uuids: Sequence[str], act: Callable[[str], None]) -> None:
+        """The first error is raised once all are through."""
+        with ThreadPoolExecutor(max_workers=self._workers) as pool:
+            calls = [pool.submit(act, uuid) for uuid in uuids]
+        for call in calls:
+            call.result()
 
     def _compare(self, uuid: str) -> None:
         if uuid not in self._digests:
@@ -180,6 +244,8 @@ class Handover:
 
     def gave_up(self, uuid: str, error: HostUpdateError) -> bool:
         """Brings the guest back. Whether the run goes on: some guest has moved on."""
+        if self._all_at_once and not self.committed:
+            return False  # what steps did while all were parked is undone before
         self._bring_back(uuid)
         if not self.committed:
             return False
@@ -187,9 +253,10 @@ class Handover:
             self._reports[uuid].notes.append(f"it runs under its new QEMU, after {error}")
             return True
         self._given_up = True
+        where = "stays parked" if uuid in self._problems else "is under its old QEMU again"
         self._degrade(
-            f"{error}; it and those after it stay under their old QEMU; guests that have been let "
-            "run under the new one have moved on"
+            f"{error}; {self._names[uuid]} {where}, and no other guest is parked; those that have "
+            "been let run under the new one have moved on"
         )
         self.disarm()
         return True
@@ -215,23 +282,32 @@ class Handover:
         self.end_watch()
 
     def let_run(self) -> None:
-        """From any state: every guest runs, or is in :meth:`problems`."""
-        for uuid in [*self._records]:
-            self._bring_back(uuid)
+        """From any state: every guest runs, or is in :meth:`problems`. May be repeated."""
+        self._end_rehearsal()
+        self._together([*self._records], self._bring_back)
         self.disarm()
 
     def _bring_back(self, uuid: str) -> None:
         """As often as libvirt's daemon, which may be about to start anew, needs to answer. Where
         the budget ends before that, the keeper has recovery wait for it."""
-        while self._back(uuid):
-            now_ns = time.monotonic_ns()
-            self._patience_end_ns = self._patience_end_ns or now_ns + PATIENCE_NS
-            if now_ns >= self._patience_end_ns:
-                return
-            time.sleep(_POLL_S)
+        while self._back(uuid) and self._patient():
+            pass
+        if uuid not in self._problems:
+            self._patience_end_ns = None
+
+    def _patient(self) -> bool:
+        """Waits a little; false where that was done for long enough."""
+        now_ns = time.monotonic_ns()
+        self._patience_end_ns = self._patience_end_ns or now_ns + PATIENCE_NS
+        if now_ns >= self._patience_end_ns:
+            return False
+        time.sleep(_POLL_S)
+        return True
 
     def _back(self, uuid: str) -> bool:
         """Whether it may help to try again."""
+        problem = ""
+        again = False
         try:
             record = self._port.latest(self._records[uuid])  # an error may have come after a write
             if record is None or uuid in self._gone_on:
@@ -243,16 +319,28 @@ class Handover:
             elif record.state is ParkedState.LINKED:
                 self._port.abort(record)
                 del self._records[uuid]
-            elif record.state in (ParkedState.SAVED, ParkedState.STRIPPED):
+                self._ran_by_now(uuid)
+            elif record.state in _PARKED:
                 self._records[uuid] = self._port.rollback(record)
+                self._compare(uuid)
                 self._let_go(uuid)
                 self._reports[uuid].notes.append("it is under its old QEMU again")
             self._problems.pop(uuid, None)
             return False
         except HostUpdateError as error:
-            known = _KNOWN[self._records[uuid].state]
-            self._problems[uuid] = f"{known}: {error}; run `hostupdate resume`"
-            return isinstance(error, HypervisorError | DeadlineError)
+            problem = str(error)
+            again = isinstance(error, HypervisorError | DeadlineError)
+        except Exception as error:  # a bug of ours: the others come back all the same
+            problem = f"internal error: {type(error).__name__}: {error}"
+        known = _KNOWN[self._records[uuid].state]
+        self._problems[uuid] = f"{known}: {problem}; {_RESUME}"
+        return again
+
+    def _ran_by_now(self, uuid: str) -> None:
+        report = self._reports[uuid]
+        if report.paused_monotonic_ns is not None:
+            report.resumed_monotonic_ns = time.monotonic_ns()
+            report.notes.append("it was not parked: its blackout is an upper bound")
 
     def abort(self) -> None:
         """The undo of :meth:`prepare`."""
@@ -267,9 +355,20 @@ class Handover:
         """uuid -> why the guest does not run."""
         return dict(self._problems)
 
+    @property
+    def steps_end_ns(self) -> int:
+        """By when steps must have ended, so that guests run again before the keeper is woken."""
+        return self._deadline_ns - handover_ns(len(self._names), self._workers)
+
+    @property
+    def wake_fds(self) -> list[int]:
+        """Readable once the keeper has fired or died."""
+        return [self._keeper.fileno()] if self._keeper is not None and self._armed else []
+
     def _arm(self) -> None:
         if self._keeper is not None and not self._armed:
-            self._keeper.arm(time.monotonic_ns() + self._plan.budget_ns)
+            self._deadline_ns = time.monotonic_ns() + self._plan.budget_ns
+            self._keeper.arm(self._deadline_ns)
             self._armed = True
 
     def disarm(self) -> None:
@@ -288,8 +387,7 @@ class Handover:
     @property
     def dark(self) -> bool:
         """Some guest is parked, or paused under its new QEMU; those that stay so do not count."""
-        held = (ParkedState.SAVED, ParkedState.STRIPPED)
-        return any(r.state in held for u, r in self._records.items() if u not in self._problems)
+        return any(r.state in _PARKED for u, r in self._records.items() if u not in self._problems)
 
     def end_watch(self, _action: Action | None = None) -> None:
         """Ends the keeper. Safe to repeat."""

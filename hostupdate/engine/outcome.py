@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from hostupdate.durations import format_duration
 from hostupdate.engine.pause import Pause
@@ -104,9 +104,11 @@ class Outcomes:
                     raise GuestError(guest.name, f"after the update {change.text}")
                 self.degrade(f"guest {guest.name}: after the update {change.text}")
 
-    def conclude(self, committed: bool, parked: Mapping[str, str]) -> None:
+    def conclude(
+        self, committed: bool, parked: Mapping[str, str], handed: Collection[str] = ()
+    ) -> None:
         """Fills in the outcome, the exit code and the totals. ``parked``: guests, by uuid, that
-        could not be brought back."""
+        could not be brought back; ``handed``: those whose handover had begun."""
         report = self._report
         report.spread_ns = self._pause.spread_ns
         report.stop_all_ns = self._pause.stop_all_ns
@@ -123,7 +125,7 @@ class Outcomes:
             )
         # Once the first guest of a handover has moved on the update stays, whatever others meet.
         looks = not committed or self._plan.actual is Impact.HANDOVER
-        self._lost = self._lost_guests() if looks else self._dead_guests()
+        self._lost = self._lost_guests(handed) if looks else self._dead_guests()
         self._lost |= {g.name: parked[g.uuid] for g in self._paused_reports() if g.uuid in parked}
         lost = [f"guest {name}: {problem}" for name, problem in self._lost.items()]
         report.reasons += [text for text in lost if text not in report.reasons]
@@ -179,13 +181,14 @@ class Outcomes:
             if not self._lives(guest)
         }
 
-    def _lost_guests(self) -> dict[str, str]:
+    def _lost_guests(self, handed: Collection[str]) -> dict[str, str]:
         problems = self._pause.problems()
         lost = {}
         self._silent = False
         for guest in self._paused_reports():
             problem = self._observe(guest) or problems.get(guest.uuid, "")
-            if not self._pause.began and self._lives(guest):
+            touched = self._pause.began or guest.uuid in handed
+            if not touched and self._lives(guest):
                 continue  # whatever its state is now, it is its owner's doing
             if problem:
                 lost[guest.name] = problem

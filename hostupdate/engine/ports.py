@@ -181,6 +181,9 @@ class HandoverPort(Protocol):
         """Why the new QEMU does not take the guest, or empty; for how long it was stopped; the new
         QEMU's version."""
 
+    def end_rehearsal(self, uuid: str) -> None:
+        """The guest of a rehearsal that was cut short runs as before. Safe to repeat."""
+
     def prepare(self, uuid: str) -> ParkedRecord: ...
     def latest(self, record: ParkedRecord) -> ParkedRecord | None:
         """None: it has been removed."""

@@ -40,9 +40,11 @@ class Run:
         self._clocks = GuestClocks([g.uuid for g in plan.paused], config, hands, guests)
         self._report.host_clock = self._clocks.host
         self._shelter = Shelter(plan, config, hands, self._clocks)
-        self._stepping = Stepping(plan, hands, self._pause, self._report)
         self._outcomes = Outcomes(plan, hands, self._pause, self._report)
-        self._handover = Handover(plan, hands, guests, self._outcomes.degrade)
+        self._handover = Handover(
+            plan, hands, guests, self._outcomes.degrade, config.handover.workers or 1
+        )
+        self._stepping = Stepping(plan, hands, self._pause, self._handover, self._report)
         self._undo: list[tuple[int, Action, Callable[[], None]]] = []
         self._telling = Telling(hands.progress)
         self._committed = False
@@ -109,6 +111,7 @@ class Run:
                 if self._handover.began:
                     self._attempt("setting clocks", self._correct_clocks)
                 self._attempt("clearing up", self._handover.clear)
+                self._tell_keeper_problem()
                 self._attempt("letting others act", self._shelter.let_go)
             else:
                 self._fail(error)
@@ -119,7 +122,7 @@ class Run:
         self._attempt("versions", self._versions_after)
         self._attempt("output of steps", self._outcomes.collect_steps)
         self._attempt("looking at guests", self._learn_places)
-        self._outcomes.conclude(self._committed, self._handover.problems())
+        self._outcomes.conclude(self._committed, self._handover.problems(), self._handover.touched)
         self._end()
         return self._report
 
@@ -294,35 +297,33 @@ class Run:
         if self._plan.method is not None:
             for finding in self._residency.conclude():
                 self._outcomes.degrade(finding)
-        if self._handover.keeper_problem:
-            self._outcomes.degrade(self._handover.keeper_problem)
+        self._tell_keeper_problem()
         if not self._committed:
             self._commit()
+
+    def _tell_keeper_problem(self) -> None:
+        if self._handover.keeper_problem:
+            self._outcomes.degrade(self._handover.keeper_problem)
+            self._handover.keeper_problem = ""
 
     # ---- failure
 
     def _fail(self, error: BaseException) -> None:
         self._report.reasons.append(_words(error))
         self._attempt("letting guests run", self._pause.let_run)
-        if self._handover.began:
+        if self._handover.touched:
+            # The old QEMU may need what a step has taken away, a module.
+            self._take_back(Phase.BLACKOUT)
             self._attempt("letting guests run", self._handover.let_run)
         if self._pause.began or self._handover.began:
             self._attempt("setting clocks", self._correct_clocks)
         self._end_phase()
         self._telling.release()
-        for number, action, undo in reversed(self._undo):
-            problem = ""
-            self._note(Kind.UNDOING, number, must=False)
-            try:
-                undo()
-            except Exception as undo_error:  # the other undos run whatever this one does
-                problem = _words(undo_error)
-                self._report.reasons.append(f"undo of {action.title!r}: {problem}")
-            done = Kind.UNDO_FAILED if problem else Kind.UNDONE
-            self._note(done, number, problem, must=False)
-            if action.undo:
-                self._telling.undone(action, problem)
-        self._undo.clear()
+        self._take_back()
+        if self._handover.problems():  # what kept them from running may be undone now
+            self._attempt("letting guests run once more", self._handover.let_run)
+            self._attempt("clearing up", self._handover.clear)
+        self._tell_keeper_problem()
         if self._pause.unresumed():
             self._attempt("resuming guests once more", self._pause.retry)
             self._attempt("shortening the record", self._forget)
@@ -335,6 +336,23 @@ class Run:
             self._report.reasons += self._residency.conclude()
         if self._pause.keeper_problem:
             self._report.reasons.append(self._pause.keeper_problem)
+
+    def _take_back(self, phase: Phase | None = None) -> None:
+        """Undoes the actions of that phase, or all that are left, the last one first."""
+        wanted = [entry for entry in self._undo if phase in (None, entry[1].phase)]
+        self._undo = [entry for entry in self._undo if entry not in wanted]
+        for number, action, undo in reversed(wanted):
+            problem = ""
+            self._note(Kind.UNDOING, number, must=False)
+            try:
+                undo()
+            except Exception as undo_error:  # the other undos run whatever this one does
+                problem = _words(undo_error)
+                self._report.reasons.append(f"undo of {action.title!r}: {problem}")
+            done = Kind.UNDO_FAILED if problem else Kind.UNDONE
+            self._note(done, number, problem, must=False)
+            if action.undo:
+                self._telling.undone(action, problem)
 
     # ---- versions, and the host's clock
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from hostupdate.engine.handover import Handover
 from hostupdate.engine.pause import Pause
 from hostupdate.engine.ports import Hands
 from hostupdate.errors import Interrupted, StepError
@@ -13,6 +14,8 @@ from hostupdate.model import Action, Impact, Phase, Plan, Report, StepReport
 #: For steps of stage and finish that name no time-out of their own.
 BROWNOUT_STEP_NS = 600_000_000_000
 UNDO_NS = 60_000_000_000
+#: An undo that guests wait for, which are parked, has this much, whatever is left of the budget.
+DARK_UNDO_NS = 1_000_000_000
 
 
 def undo_ns(action: Action) -> int:
@@ -23,10 +26,13 @@ def undo_ns(action: Action) -> int:
 class Stepping:
     """Runs and undoes steps, into the report."""
 
-    def __init__(self, plan: Plan, hands: Hands, pause: Pause, report: Report) -> None:
+    def __init__(
+        self, plan: Plan, hands: Hands, pause: Pause, handover: Handover, report: Report
+    ) -> None:
         self._plan = plan
         self._hands = hands
         self._pause = pause
+        self._handover = handover
         self._report = report
         self._reports: dict[str, StepReport] = {}
 
@@ -50,7 +56,9 @@ class Stepping:
             if action.timeout_ns is not None:
                 deadline_ns = min(deadline_ns, now_ns + action.timeout_ns)
         elif action.phase is Phase.BLACKOUT and self._plan.actual is Impact.HANDOVER:
+            wake_fds += self._handover.wake_fds
             deadline_ns = now_ns + (action.timeout_ns or HANDOVER_NS)
+            deadline_ns = min(deadline_ns, self._handover.steps_end_ns)
         else:
             deadline_ns = now_ns + (action.timeout_ns or BROWNOUT_STEP_NS)
         result = self._hands.steps.run(action.step, deadline_ns, wake_fds)
@@ -69,5 +77,9 @@ class Stepping:
         report = self._reports.get(action.step)
         if action.undo_argv and report is not None:
             report.undone = False
-            report.undone = self._hands.steps.undo(action.step, undo_ns(action))
+            timeout_ns = undo_ns(action)
+            if self._handover.dark:  # guests wait for it
+                left_ns = self._handover.steps_end_ns - time.monotonic_ns()
+                timeout_ns = min(timeout_ns, max(left_ns, DARK_UNDO_NS))
+            report.undone = self._hands.steps.undo(action.step, timeout_ns)
             self._report.undone.append(action.step)

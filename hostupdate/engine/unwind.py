@@ -9,7 +9,7 @@ from typing import Protocol
 from hostupdate import faults
 from hostupdate.engine.stepping import BROWNOUT_STEP_NS, undo_ns
 from hostupdate.errors import JournalError
-from hostupdate.model import HARD_CAP_NS, Action, Phase, Plan, StepReport
+from hostupdate.model import HARD_CAP_NS, Action, Impact, Phase, Plan, StepReport
 from hostupdate.unwinding import Kind, Record, Remaining, remaining
 
 
@@ -48,6 +48,7 @@ class Unwind:
         self._tell = tell
         self._same_boot = same_boot
         self._left: Remaining = remaining(plan, records, same_boot=same_boot)
+        self._tried: set[int] = set()
         self.problems: list[str] = []
         self.steps = _reports(plan, records)
 
@@ -56,11 +57,26 @@ class Unwind:
         """The update was in place when the run was interrupted, and stays."""
         return self._left.committed
 
+    def before_guests(self) -> None:
+        """What is undone before guests that are parked come back: what ran while they were, of
+        which their QEMUs may need the undo. :meth:`execute` does not do it again."""
+        dark = [n for n in self._left.undo if self._plan.actions[n].phase is Phase.BLACKOUT]
+        if self._same_boot:
+            self._wait(Phase.BLACKOUT)
+        self._undo(dark)
+
     def execute(self) -> None:
         """Waits for what still runs, undoes or finishes. Raises nothing for one step's sake."""
         if self._same_boot:
             self._wait()
-        for number in self._left.undo:
+        self._undo(self._left.undo)
+        self._finish()
+
+    def _undo(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if number in self._tried:
+                continue
+            self._tried.add(number)
             action = self._plan.actions[number]
             self._tell(f"undoing step {action.step!r}")
             problem = self._run(
@@ -74,6 +90,8 @@ class Unwind:
             self.steps[number].undone = not problem
             if problem:
                 self.problems.append(f"undo of step {action.step!r}: it {problem}")
+
+    def _finish(self) -> None:
         for number in self._left.unknown:
             step = self._plan.actions[number].step
             self.problems.append(f"step {step!r} of the finish was interrupted: look at it")
@@ -90,10 +108,10 @@ class Unwind:
                 self.problems.append(f"step {action.step!r}: it {problem}")
                 break  # the run itself would have ended here
 
-    def _wait(self) -> None:
+    def _wait(self, phase: Phase | None = None) -> None:
         """No undo beside the step that it undoes, nor beside itself."""
         for number, action in enumerate(self._plan.actions):
-            if action.kind != "step":
+            if action.kind != "step" or phase not in (None, action.phase):
                 continue
             began_ns = self._left.running.get(number, 0)
             for argv, deadline_ns in (
@@ -107,8 +125,8 @@ class Unwind:
                         self.steps[number].problem = "it outlived its run and was ended"
 
     def _timeout_ns(self, action: Action) -> int:
-        paused = action.phase is Phase.BLACKOUT and self._plan.method is not None
-        return action.timeout_ns or (HARD_CAP_NS if paused else BROWNOUT_STEP_NS)
+        dark = action.phase is Phase.BLACKOUT and self._plan.actual is not Impact.NONE
+        return action.timeout_ns or (HARD_CAP_NS if dark else BROWNOUT_STEP_NS)
 
     def _run(
         self,

@@ -34,6 +34,7 @@ LOOK_NS = 30_000_000_000
 UNPACK_NS = 300_000_000_000
 
 _WRAPPER = "qemu"
+_ORIGIN = "origin"
 #: Left to the host: programs of an older glibc run on a newer one, a mixture of two does not.
 _GLIBC = re.compile(r"(ld-linux|ld64|libc|libm|libdl|librt|libpthread|libresolv|libutil)[.-]")
 _LOADED = re.compile(r"^\s+(?P<name>\S+) => (?P<path>/\S+) \(0x", re.MULTILINE)
@@ -95,6 +96,7 @@ def keep(system_binary: Path, into: Path) -> Build:
         raise PrerequisiteError(f"{system_binary}: no such QEMU", remedy="install it")
 
     def fill(directory: Path) -> _Parts:
+        (directory / _ORIGIN).write_text(str(system_binary))
         kept = directory / "bin" / binary.name
         kept.parent.mkdir()
         shutil.copy2(binary, kept)  # a link would change its ctime: libvirt would probe it anew
@@ -135,6 +137,20 @@ def unpack(debs: Sequence[Path], into: Path, program: str = "qemu-system-x86_64"
         return _unpacked(directory, program)
 
     return _make(into, fill)
+
+
+def command(words: Sequence[str]) -> list[str]:
+    """A QEMU's command line, without the loader that a build with its own glibc is started by."""
+    return list(words[3:] if words[1:2] == ["--library-path"] else words)
+
+
+def origin(program: str) -> str:
+    """Where the QEMU of a kept build, its wrapper or its binary, was installed; any other program
+    as it is."""
+    for place in Path(program).parents[:2]:
+        with suppress(OSError):
+            return (place / _ORIGIN).read_text()
+    return program
 
 
 def remove(build: Build) -> None:

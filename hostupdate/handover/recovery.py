@@ -8,6 +8,8 @@ from __future__ import annotations
 from enum import StrEnum
 from pathlib import Path
 
+import msgspec
+
 from hostupdate.errors import GuestError
 from hostupdate.handover.ports import Host
 from hostupdate.handover.saving import ENDED, Saving
@@ -24,10 +26,13 @@ class Recovered(StrEnum):
     COMMITTED = "committed"  #: it had been let run under its new QEMU
 
 
-def recover(host: Host, record: ParkedRecord, emulator: str | None = None) -> Recovered:
+def recover(
+    host: Host, record: ParkedRecord, emulator: str | None = None, *, stay: bool = True
+) -> Recovered:
     """Lets a guest run again on its own RAM, or leaves it parked. Safe to repeat.
 
-    ``emulator`` is what a parked guest comes under; None: that of its image.
+    ``emulator`` is what a parked guest comes under; None: that of its image. ``stay``: one that is
+    paused under a QEMU already stays there; else that one is ended.
 
     GuestError: it stays as it is and needs a human, or another try; or it is lost, and has no
     record any more. HypervisorError and DeadlineError: libvirt does not answer; nothing is known
@@ -63,7 +68,14 @@ def recover(host: Host, record: ParkedRecord, emulator: str | None = None) -> Re
         if facts.state is GuestState.RUNNING:
             way.finish(record)
             return Recovered.COMMITTED
+    if facts.active and stay:
+        back = emulator == record.old_emulator
+        record = msgspec.structs.replace(
+            record, new_emulator=emulator if back else record.new_emulator
+        )
     else:
+        if facts.active:
+            host.domains.destroy(record.uuid)
         record = way.unpark(record, emulator)
     way.finish(way.commit(record))
     return Recovered.UNPARKED

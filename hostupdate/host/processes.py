@@ -192,6 +192,14 @@ def program(pid: int) -> str:
         return ""
 
 
+def is_replaced(pid: int) -> bool:
+    """Whether the file of a process's program has been replaced or removed since it began."""
+    try:
+        return os.readlink(f"/proc/{pid}/exe").endswith(" (deleted)")
+    except OSError:
+        return False
+
+
 def is_stopped(pid: int) -> bool:
     """Stopped by a signal."""
     stat = _stat(pid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,22 +44,25 @@ class AptRoot:
         self,
         name: str,
         version: str,
-        files: Mapping[str, str],
+        files: Mapping[str, str | Path],
         depends: str = "",
         section: str = "misc",
     ) -> None:
-        """Builds a package and lists it in the archive."""
+        """Builds a package and lists it in the archive. A file is its text, or one to copy."""
         tree = self.archive.parent / "tree"
         control = f"Package: {name}\nVersion: {version}\nArchitecture: all\nSection: {section}\n"
         control += "Maintainer: nobody <nobody@example.org>\nDescription: of a test\n"
         control += f"Depends: {depends}\n" if depends else ""
-        for path, text in {"DEBIAN/control": control, **files}.items():
+        for path, content in {"DEBIAN/control": control, **files}.items():
             file = tree / path
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
+            if isinstance(content, Path):
+                shutil.copy2(content, file)
+            else:
+                file.write_text(content)
         file = self.archive / f"{name}_{version.replace(':', '+')}_all.deb"
-        run("dpkg-deb", "--build", "--root-owner-group", str(tree), str(file))
-        subprocess.run(["rm", "-r", str(tree)], check=True)
+        run("dpkg-deb", "-Zgzip", "-z1", "--build", "--root-owner-group", str(tree), str(file))
+        shutil.rmtree(tree)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self._stanzas[file.name] = (
             f"{control}Filename: ./{file.name}\nSize: {file.stat().st_size}\nSHA256: {digest}\n"

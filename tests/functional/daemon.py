@@ -3,6 +3,7 @@ libvirt's directories are the test's. Everything that it keeps is visible below 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import select
 import signal
@@ -153,9 +154,12 @@ class DaemonLab:
         *,
         memory_bytes: int = _MEMORY,
         witness: Witness | None = None,
+        emulator: Path | None = None,
     ) -> None:
         built = image.build(cache)
         acceleration = accelerator.probe(built, cache)
+        if emulator:
+            acceleration = dataclasses.replace(acceleration, emulator=emulator)
         self.daemon = Daemon(base, hide_kvm=acceleration.kind != "kvm", ram=ram)
         self._guests, self._image, self._acceleration = guests, built, acceleration
         self._ram_in_files = ram is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +29,10 @@ class Port:
     def __init__(self) -> None:
         self.records: dict[str, ParkedRecord] = {}
         self.running: dict[str, str] = {}
-        self.fails: dict[str, list[HostUpdateError]] = {}
+        self.fails: dict[str, list[Exception]] = {}
         self.before: set[str] = set()
         self.finished: list[str] = []
+        self.dropped = False
 
     def _fail(self, method: str, *, done: bool) -> None:
         if self.fails.get(method) and done != (method in self.before):
@@ -88,29 +90,45 @@ class Port:
         return 1
 
     def drop_kept(self) -> None:
-        pass
+        self.dropped = True
+
+    def rehearse(self, uuid: str, mark: Callable[[bool], None]) -> tuple[str, int | None, str]:
+        mark(True)
+        del self.running[uuid]
+        self._fail("rehearse", done=True)
+        self.running[uuid] = "old"
+        mark(False)
+        return "", 1, "10"
+
+    def end_rehearsal(self, uuid: str) -> None:
+        self._fail("end_rehearsal", done=False)
+        self.running[uuid] = "old"
 
 
 class Bench:
-    """Two guests, prepared."""
+    """Two guests, prepared. ``together``: they are parked at once."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, together: bool = False) -> None:
         monkeypatch.setattr(engine, "_POLL_S", 0)
         monkeypatch.setattr(engine, "PATIENCE_NS", 20_000_000)
         guests = tuple(
             PlannedGuest(name=name, uuid=name, state=GuestState.RUNNING, pause=True)
             for name in ("a", "b")
         )
-        plan = msgspec.structs.replace(_plan(), guests=guests)
+        actions = (act("park"),) if together else ()
+        plan = msgspec.structs.replace(_plan(), guests=guests, actions=actions)
         report = new_report("run", plan, 0)
         self.port = Port()
         self.degraded: list[str] = []
-        hands = hands_of(FakeHands(World()), [located("a"), located("b")])
+        self.world = World()
+        self.hands = hands_of(FakeHands(self.world), [located("a"), located("b")])
+        hands = self.hands
         self.handover = Handover(
             plan,
             replace(hands, handover=self.port),  # type: ignore[arg-type]
             {guest.uuid: guest for guest in report.guests},
             self.degraded.append,
+            2,
         )
         self.handover.prepare(act("prepare"))
 
@@ -134,6 +152,11 @@ def _plan() -> Any:
         guests=(),
         actions=(),
     )
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(monkeypatch, together=True)
 
 
 def act(kind: str, guest: str = "") -> Action:
@@ -217,3 +240,82 @@ def test_what_could_not_be_cleared_up_is_not_forgotten(bench: Bench) -> None:
     bench.port.fails["finish"] = [SILENT]
     bench.handover.clear()
     assert bench.handover.unfinished and "not cleared up" in bench.degraded[0]
+
+
+def test_a_guest_that_was_not_parked_is_passed_over(bench: Bench) -> None:
+    """The one before it has moved on, so the run goes on."""
+    bench.take("park", "unpark", "commit")
+    bench.port.before.add("park")
+    bench.port.fails["park"] = [SILENT]
+    bench.port.running["b"] = "old"
+    bench.take("park", "unpark", "commit", guest="b")
+    assert bench.port.running["a"] == "new" and "b" not in bench.port.records
+    assert "b is under its old QEMU again" in bench.degraded[0]
+
+
+def test_guests_that_are_parked_together_wait_for_what_is_undone_first(together: Bench) -> None:
+    """A step may have taken away what their old QEMU needs."""
+    together.port.before.add("unpark")
+    together.port.fails["unpark"] = [GuestError("a", "no")]
+    together.take("park", guest="")
+    with pytest.raises(GuestError):
+        together.take("unpark", guest="")
+    assert not together.port.running and together.handover.dark
+    together.handover.let_run()
+    assert together.port.running == {"a": "old", "b": "old"}
+    assert not together.handover.problems()
+
+
+def test_a_bug_that_meets_one_guest_keeps_no_other_from_running(together: Bench) -> None:
+    together.take("park", guest="")
+    together.port.before.add("rollback")
+    together.port.fails["rollback"] = [KeyError("bug")]
+    together.handover.let_run()
+    assert len(together.port.running) == 1 and len(together.handover.problems()) == 1
+    together.handover.drop_kept()
+    assert not together.port.dropped, "the guest that is parked needs it"
+    together.handover.let_run()
+    assert together.port.running == {"a": "old", "b": "old"}
+    together.handover.drop_kept()
+    assert together.port.dropped
+
+
+def test_ram_that_has_changed_is_not_let_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither under the new QEMU nor under the old one."""
+    digests = iter(["before", "after", "after", "after"])
+    monkeypatch.setattr(bench.port, "digest", lambda _record: next(digests))
+    bench.take("park")
+    with pytest.raises(GuestError, match="its RAM changed"):
+        bench.take("unpark")
+    assert "a" not in bench.port.running
+    assert "its RAM changed" in bench.handover.problems()["a"]
+
+
+def test_a_rehearsal_that_is_cut_short_leaves_no_guest_stopped(bench: Bench) -> None:
+    """The keeper watches while the guest is stopped; libvirt may be away for a while."""
+    bench.take("watch")
+    bench.port.fails["rehearse"] = [SILENT]
+    bench.port.before.add("end_rehearsal")
+    bench.port.fails["end_rehearsal"] = [SILENT] * 3
+    with pytest.raises(HypervisorError):
+        bench.take("rehearse")
+    assert bench.port.running["a"] == "old" and not bench.handover.problems()
+    assert bench.hands.journal.pending.rehearsing == ""
+    assert [event for event in bench.world.log if event in ("arm", "disarm")] == [
+        "arm",
+        "disarm",
+    ]
+
+
+def test_one_that_cannot_be_reached_is_told_of(bench: Bench) -> None:
+    bench.take("watch")
+    bench.port.fails["rehearse"] = [SILENT]
+    bench.port.before.add("end_rehearsal")
+    bench.port.fails["end_rehearsal"] = [SILENT] * 100_000
+    with pytest.raises(HypervisorError):
+        bench.take("rehearse")
+    assert "its rehearsal has stopped it" in bench.handover.problems()["a"]
+    assert bench.hands.journal.pending.rehearsing == "a"
+    bench.port.fails["end_rehearsal"].clear()
+    bench.handover.let_run()
+    assert bench.port.running["a"] == "old" and not bench.handover.problems()

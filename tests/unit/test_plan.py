@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from hostupdate.config import Config, decode_config
+from hostupdate.config import Handover as HandoverConfig
 from hostupdate.durations import MILLISECOND, SECOND
 from hostupdate.eligibility import Blocker, Eligibility
 from hostupdate.errors import RefusedError
@@ -23,6 +25,7 @@ from hostupdate.model import (
     Protection,
 )
 from hostupdate.plan import make_plan
+from hostupdate.prediction import full_digests_ns
 from hostupdate.rivals import Rivals
 from hostupdate.skew import Watchdog
 from hostupdate.vitals import Vitals
@@ -178,11 +181,11 @@ def test_guests_are_handed_over_one_after_the_other() -> None:
         ("keep-qemu", ""),
         ("step", "install"),
         ("warm", ""),
+        ("watch", ""),
         ("rehearse", "uuid-a"),
         ("rehearse", "uuid-c"),
         ("clocks-before", ""),
         ("prepare", ""),
-        ("watch", ""),
         ("recheck", ""),
         *((kind, f"uuid-{name}") for name in "ac" for kind in ("park", "unpark", "commit")),
         ("clocks", ""),
@@ -196,8 +199,18 @@ def test_guests_are_handed_over_one_after_the_other() -> None:
 def test_steps_of_the_blackout_find_every_qemu_gone() -> None:
     made = handed(step(name="modules", timeout='"2s"'))
     dark = [action.step or action.kind for action in made.actions if action.phase is Phase.BLACKOUT]
-    assert dark == ["park", "park", "modules", "unpark", "unpark", "commit", "commit"]
+    assert dark == ["park", "modules", "unpark", "commit", "commit"]
     assert made.predicted_blackout_ns == 2 * HANDOVER_NS + 2 * SECOND
+    two = msgspec.structs.replace(Config(), handover=HandoverConfig(workers=2))
+    made = handed(step(name="modules", timeout='"2s"'), config=two)
+    assert made.predicted_blackout_ns == HANDOVER_NS + 2 * SECOND
+
+
+def test_digests_of_all_ram_are_foreseen() -> None:
+    one = full_digests_ns(located("a").guest.memory_bytes)
+    assert handed(verify_ram="full").predicted_blackout_ns == HANDOVER_NS + one
+    together = handed(step(name="modules", timeout='"2s"'), verify_ram="full")
+    assert together.predicted_blackout_ns == 2 * HANDOVER_NS + 2 * SECOND + 2 * one
 
 
 def test_a_guest_that_cannot_be_handed_over_refuses_the_update() -> None:
