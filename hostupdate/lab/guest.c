@@ -16,6 +16,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -203,23 +204,26 @@ static void witness(const struct options *options)
 /* Without udev nobody names the virtio-serial ports. */
 static bool agent_port_link(void)
 {
-	char path[64], name[64], target[32];
+	glob_t found;
+	bool linked = false;
 
-	for (int port = 0; port < 8; port++) {
-		FILE *file;
+	if (glob("/sys/class/virtio-ports/*/name", 0, NULL, &found))
+		return false;
+	for (size_t i = 0; i < found.gl_pathc && !linked; i++) {
+		char name[64], port[32], target[64];
+		FILE *file = fopen(found.gl_pathv[i], "re");
 
-		snprintf(path, sizeof(path), "/sys/class/virtio-ports/vport0p%d/name", port);
-		file = fopen(path, "re");
 		if (!file)
 			continue;
-		if (fscanf(file, "%63s", name) == 1 && !strcmp(name, AGENT_PORT)) {
-			fclose(file);
-			snprintf(target, sizeof(target), "/dev/vport0p%d", port);
-			return !symlink(target, AGENT_LINK) || errno == EEXIST;
+		if (fscanf(file, "%63s", name) == 1 && !strcmp(name, AGENT_PORT) &&
+		    sscanf(found.gl_pathv[i], "/sys/class/virtio-ports/%31[^/]", port) == 1) {
+			snprintf(target, sizeof(target), "/dev/%s", port);
+			linked = !symlink(target, AGENT_LINK) || errno == EEXIST;
 		}
 		fclose(file);
 	}
-	return false;
+	globfree(&found);
+	return linked;
 }
 
 static void agent(const struct options *options)

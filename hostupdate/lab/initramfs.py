@@ -17,6 +17,10 @@ MODULES = (
     "virtio_pci_modern_dev",
     "virtio_pci",
     "virtio_console",
+    "virtio_blk",
+    "failover",
+    "net_failover",
+    "virtio_net",
 )
 #: Without these the guest agent has no channel.
 NEEDED_MODULES = ("virtio_pci", "virtio_console")
@@ -68,7 +72,7 @@ def _modules(tree: Path) -> dict[str, bytes]:
     inside = {Path(line).stem for line in builtin.read_text().split()}
     found = {}
     for name in MODULES:
-        for path in builtin.parent.glob(f"kernel/drivers/**/{name}.ko*"):
+        for path in builtin.parent.glob(f"kernel/**/{name}.ko*"):
             found[name] = _plain(path)
     missing = [name for name in NEEDED_MODULES if name not in found and name not in inside]
     if missing:

@@ -1,0 +1,258 @@
+"""A guest with disks, a network card and a screen comes under other QEMUs, on a libvirtd with its
+own security settings; to its owner and its applications it is the guest that it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from hostupdate.guests import Hypervisor
+from hostupdate.handover import builds
+from hostupdate.handover.builds import Build
+from hostupdate.lab import accelerator, console, domain, image
+from tests.functional.cli import Lab, Program
+from tests.functional.conftest import make_cache
+from tests.functional.daemon import Daemon
+from tests.functional.owner import Owner
+from tests.functional.parked_guest import wait
+from tests.functional.test_handover import version_of
+from tests.requirements import lack, need
+
+SYSTEM = Path("/usr/bin/qemu-system-x86_64")
+NAME = "furnished"
+UUID_ = UUID("5d3bd7a4-5c0e-4fa4-a1c2-60a0f2d6c101")
+_SECOND_NS = 1_000_000_000
+_MEMORY = 192 << 20
+_MAC = "52:54:00:77:00:03"
+_HOST, _GUEST = "169.254.213.1", "169.254.213.2"  # of this link alone (RFC 3927)
+#: As Debian's libvirt has them: QEMU is another user's, in a sandbox. But for what the daemon of
+#: these tests cannot give: cgroups' controllers, virtlogd, and a /dev that is the host's.
+_CONF = """\
+stdio_handler = "file"
+namespaces = []
+cgroup_controllers = []
+memory_backing_dir = "{base}/ram"
+"""
+_DEVICES = """\
+<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>
+<source file='{base}/disks/a.qcow2'/><target dev='vda' bus='virtio'/></disk>
+<interface type='bridge'><source bridge='{bridge}'/><mac address='{mac}'/>
+<model type='virtio'/></interface>
+<graphics type='vnc' autoport='yes'/><video><model type='vga' vram='16384'/></video>
+<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
+<input type='tablet' bus='virtio'/>
+<sound model='ich6'/><watchdog model='i6300esb' action='none'/>
+"""
+_SECOND = """\
+<disk type='file' device='disk'><driver name='qemu' type='raw'/>
+<source file='{base}/disks/b.raw'/><target dev='vdb' bus='virtio'/></disk>
+"""
+#: Writes a block, reads it back past every cache; /run/io tells how often, and how often in vain.
+_IO = """\
+busybox ip link set eth0 up; busybox ip addr add {address}/30 dev eth0
+i=0; bad=0
+while :; do
+  i=$((i + 1)); at=$((i % 256))
+  printf 'block %d' $i | busybox dd of=/dev/vda bs=4096 conv=sync seek=$at oflag=direct ||
+    bad=$((bad + 1))
+  got=$(busybox dd if=/dev/vda bs=4096 count=1 skip=$at iflag=direct | busybox tr -d '\\0')
+  [ "$got" = "block $i" ] || bad=$((bad + 1))
+  echo $i $bad > /run/io.new; busybox mv /run/io.new /run/io
+done
+"""
+_SHUTDOWN = "printf '#!/bin/sh\\nbusybox poweroff -f\\n' > /sbin/shutdown; chmod 755 /sbin/shutdown"
+
+
+class Furnished:
+    """The guest and all around it."""
+
+    def __init__(self, base: Path, daemon: Daemon, hypervisor: Hypervisor) -> None:
+        self.base, self.daemon, self.hypervisor = base, daemon, hypervisor
+        config = base / "hostupdate.toml"
+        config.write_text(
+            f'[paths]\nlibvirt-hooks = "{base}/etc/hooks"\nlibvirt-saves = "{base}/lib/qemu/save"\n'
+            f'builds = "{base}/builds"\n[clock]\ntrust-host = true\n'
+        )
+        program = Program(base / "state")
+        options = ("--connect", daemon.uri, "--config", str(config))
+        self.lab = Lab(program.with_options(*options), (NAME,))
+        self.owner = Owner(hypervisor)
+
+    def virsh(self, *words: str) -> str:
+        argv = ["virsh", "-c", self.daemon.uri, *words]
+        ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 0, (words, ended.stderr)
+        return ended.stdout.strip()
+
+    def stats(self, verb: str, device: str) -> dict[str, int]:
+        rows = (line.split() for line in self.virsh(verb, NAME, device).splitlines())
+        return {row[-2]: int(row[-1]) for row in rows if len(row) >= 2}
+
+    def in_guest(self, script: str) -> str:
+        """Its output."""
+        arguments = {"path": "/bin/sh", "arg": ["-c", script], "capture-output": True}
+        act = {"execute": "guest-exec", "arguments": arguments}
+        pid = self.owner.agent(NAME, act, 10 * _SECOND_NS)["return"]["pid"]
+        deadline = time.monotonic() + 20
+        while True:
+            ask = {"execute": "guest-exec-status", "arguments": {"pid": pid}}
+            told = self.owner.agent(NAME, ask, 10 * _SECOND_NS)["return"]
+            if told["exited"]:
+                return subprocess.run(
+                    ["base64", "-d"], input=told.get("out-data", "").encode(),
+                    capture_output=True, check=True,
+                ).stdout.decode()  # fmt: skip
+            assert time.monotonic() < deadline, script
+            time.sleep(0.05)
+
+    def io(self) -> tuple[int, int]:
+        count, bad = self.in_guest("cat /run/io").split()
+        return int(count), int(bad)
+
+    def assert_as_it_was(self) -> None:
+        """What its owner and its applications do with it goes on."""
+        before, bad = self.io()
+        assert bad == 0
+        wait(lambda: self.io()[0] >= before + 5, 30)
+        assert self.io()[1] == 0
+        self.lab.assert_healthy()
+        assert "3 packets received" in self.in_guest(f"busybox ping -c 3 -i 0.2 -W 5 {_HOST}")
+        writes = self.stats("domblkstat", "vda")["wr_req"]
+        wait(lambda: self.stats("domblkstat", "vda")["wr_req"] > writes)
+        tap = self.virsh("domiflist", NAME).splitlines()[-1].split()[0]
+        assert self.stats("domifstat", tap)["rx_packets"] > 0
+        self.virsh("suspend", NAME)
+        assert self.virsh("domstate", NAME) == "paused"
+        self.virsh("resume", NAME)
+        self.lab.assert_healthy()
+        assert self.virsh("vncdisplay", NAME).startswith("127.0.0.1:")
+        shot = self.base / "screen.ppm"
+        self.virsh("screenshot", NAME, str(shot))
+        assert shot.stat().st_size > 1000
+
+    def plug(self, verb: str) -> None:
+        path = self.base / "second.xml"
+        path.write_text(_SECOND.format(base=self.base))
+        self.virsh(verb, NAME, str(path), "--live")
+
+    def disks(self) -> list[str]:
+        return self.in_guest("cd /dev; ls -d vd*").split()
+
+
+@pytest.fixture(scope="module")
+def bridge() -> Iterator[str]:
+    need("root")
+    name = f"hu{os.getpid()}"
+    made = subprocess.run(["ip", "link", "add", name, "type", "bridge"], check=False)
+    if made.returncode:
+        lack("bridge", "no network bridge can be made")
+    try:
+        subprocess.run(["ip", "addr", "add", f"{_HOST}/30", "dev", name], check=True)
+        subprocess.run(["ip", "link", "set", name, "up"], check=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "link", "del", name], check=True)
+
+
+@pytest.fixture(scope="module")
+def guest(bridge: str) -> Iterator[Furnished]:
+    need("root", "qemu", "libvirt", "lab", "cgroup2")
+    base = Path(tempfile.mkdtemp(prefix="hu-d-", dir="/var/tmp"))
+    base.chmod(0o755)
+    (base / "state").mkdir(mode=0o755)  # QEMU finds its kernel in the cache below
+    for name in ("ram", "disks", "console"):
+        (base / name).mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", base / "ram"], check=True)
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", base / "disks/a.qcow2", "64M"], check=True
+    )
+    (base / "disks/b.raw").touch()
+    os.truncate(base / "disks/b.raw", 8 << 20)
+    cache = make_cache(base / "state")
+    built = image.build(cache)
+    acceleration = accelerator.probe(built, cache)
+    daemon = Daemon(base, hide_kvm=acceleration.kind != "kvm")
+    (base / "etc/qemu.conf").write_text(_CONF.format(base=base))
+    daemon.ensure()
+    hypervisor = Hypervisor(daemon.uri, timeout_ns=20 * _SECOND_NS)
+    made = Furnished(base, daemon, hypervisor)
+    try:
+        log = made.lab.console(NAME)
+        log.parent.mkdir(parents=True)
+        xml = domain.domain_xml(
+            name=NAME,
+            uuid=UUID_,
+            memory_bytes=_MEMORY,
+            image=built,
+            acceleration=acceleration,
+            console=log,
+            ram_in_files=True,
+        )
+        devices = _DEVICES.format(base=base, bridge=bridge, mac=_MAC)
+        made.owner.define(xml.replace("</devices>", f"{devices}</devices>"))
+        made.owner.start(NAME)
+        console.wait_ready(log, time.monotonic_ns() + 90 * _SECOND_NS)
+        made.owner.ping(NAME)
+        made.owner.shell(NAME, _IO.format(address=_GUEST))
+        wait(lambda: made.in_guest("cat /run/io || echo").strip())
+        yield made
+        made.owner.undefine(NAME)
+    finally:
+        daemon.ensure()
+        if made.owner.known().get(NAME):
+            made.owner.destroy(NAME)
+        hypervisor.close()
+        daemon.end()
+        subprocess.run(["umount", "--lazy", base / "ram"], check=True)
+        shutil.rmtree(base)
+
+
+def apply(guest: Furnished, program: Path) -> int:
+    """The blackout of a handover to that QEMU."""
+    manifest = guest.base / "update.toml"
+    manifest.write_text(f'[update]\nname = "qemu"\n[qemu]\nprogram = "{program}"\n')
+    ended = guest.lab.apply(manifest)
+    assert ended.code == 0, ended.data["reasons"]
+    (report,) = ended.data["guests"]
+    assert report["residency"]["digest_equal"] is True
+    assert report["clock"]["problem"] == ""
+    (found,) = guest.lab.run("guests", "--json").data["guests"]
+    assert version_of(found["pid"]) == builds.version(program)
+    return int(report["blackout_ns"])
+
+
+def test_a_guest_with_devices_goes_there_and_back(
+    guest: Furnished, newer_qemu: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guest.assert_as_it_was()
+    took = []
+    for program in (newer_qemu.wrapper, SYSTEM):
+        took.append(round(apply(guest, program) / 1e6))
+        guest.assert_as_it_was()
+        for verb, wanted in (("attach-device", ["vda", "vdb"]), ("detach-device", ["vda"])):
+            guest.plug(verb)
+            wait(lambda wanted=wanted: guest.disks() == wanted)  # type: ignore[misc]
+    with capsys.disabled():
+        print(f"\n[handovers of a guest with devices: blackouts {took} ms]")
+
+
+def test_it_ends_as_its_owner_wants(guest: Furnished) -> None:
+    """After a handover libvirt hears of its end as of any other."""
+    apply(guest, SYSTEM)
+    guest.in_guest(_SHUTDOWN)
+    guest.virsh("shutdown", NAME, "--mode", "agent")
+    wait(lambda: guest.virsh("domstate", NAME) == "shut off")
+    assert not list((guest.base / "ram").rglob("pc.ram"))
+    guest.virsh("start", NAME)
+    log = guest.lab.console(NAME)
+    log.write_text("")
+    console.wait_ready(log, time.monotonic_ns() + 90 * _SECOND_NS)
+    guest.virsh("destroy", NAME)
