@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sysconfig
 import tempfile
@@ -15,7 +17,7 @@ import pytest
 from hostupdate.handover import builds
 from hostupdate.handover.builds import Build
 from tests.functional.aptroot import AptRoot
-from tests.functional.cli import Lab
+from tests.functional.cli import Lab, keepers
 from tests.functional.conftest import make_cache
 from tests.functional.daemon import DaemonLab
 from tests.functional.test_handover import (
@@ -165,3 +167,29 @@ def test_the_replaced_qemu_takes_its_guests_back(upgrade: Packaged, newer_qemu: 
     assert upgrade.emulators() == {upgrade.program}
     assert list((upgrade.base / "builds").iterdir()) == []
     assert_no_tick_is_missing(upgrade.lab, before)
+
+
+def test_a_run_that_was_killed_leaves_guests_where_they_were(
+    upgrade: Packaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that was paused under the new QEMU already goes back, before its package does."""
+    old = versions(upgrade.lab)
+    upgrade.build("12", {_PROGRAM: SYSTEM, **modules(Path("/usr"))})
+    before = seqs(upgrade.lab)
+    with monkeypatch.context() as fault:
+        fault.setenv("HOSTUPDATE_FAULT", "unpark.end=stop")
+        manifest = upgrade.manifest(UPGRADE)
+        process = upgrade.lab.run.start("apply", str(manifest), "--json", "--yes")
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    for pid in [*keepers(upgrade.lab), process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert upgrade.apt.installed() == {_NAME: "12"}
+    resumed = upgrade.lab.run("resume", "--json")
+    assert resumed.code == 0, resumed.out
+    assert upgrade.apt.installed() == {_NAME: "10"}
+    assert versions(upgrade.lab) == old
+    assert_no_tick_is_missing(upgrade.lab, before)
+    ended = upgrade.lab.apply(upgrade.manifest(f'[qemu]\nprogram = "{upgrade.program}"\n'))
+    assert ended.code == 0, ended.data["reasons"]
+    assert upgrade.emulators() == {upgrade.program}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -16,7 +18,7 @@ from hostupdate.handover import builds
 from hostupdate.handover.builds import Build
 from hostupdate.lab import console
 from tests.functional.aptroot import AptRoot
-from tests.functional.cli import Ended, Lab, Program
+from tests.functional.cli import Ended, Lab, Program, keepers
 from tests.functional.conftest import make_cache
 from tests.functional.daemon import DaemonLab
 from tests.requirements import need
@@ -169,6 +171,54 @@ def test_a_step_that_fails_while_all_are_parked_brings_them_back(
     ended = apply("", step)
     assert ended.code == 40, ended.data["reasons"]
     assert {guest["state_after"] for guest in ended.data["guests"]} == {"running"}
+    assert_no_tick_is_missing(lab, before)
+
+
+MODULES = """\
+[[step]]
+name = "modules"
+phase = "blackout"
+timeout = "2s"
+run = ["true"]
+undo = ["{script}"]
+[[step]]
+name = "more"
+phase = "blackout"
+timeout = "2s"
+run = ["{more}"]
+"""
+
+
+@pytest.mark.parametrize("ends", ["fails", "killed"])
+def test_what_was_done_while_all_were_parked_is_undone_before_they_come_back(
+    lab: Lab, apply: Apply, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """Their old QEMU may need the module that was taken away."""
+    undone = tmp_path / "undone"
+    guests = lab.run("guests", "--json").data["guests"]
+    gone = "".join(f"! pgrep -f -- '-uuid {guest['uuid']}' || exit 1\n" for guest in guests)
+    script = tmp_path / "undo"
+    script.write_text(f"#!/bin/sh\n{gone}touch {undone}\n")
+    script.chmod(0o755)
+    before = seqs(lab)
+    if ends == "fails":
+        ended = apply("", MODULES.format(script=script, more="false"))
+        assert ended.code == 40, ended.data["reasons"]
+        assert {guest["state_after"] for guest in ended.data["guests"]} == {"running"}
+    else:
+        with monkeypatch.context() as fault:
+            fault.setenv("HOSTUPDATE_FAULT", "step:more.end=stop")
+            manifest = tmp_path / "killed.toml"
+            text = '[update]\nname = "qemu"\n[qemu]\n'
+            manifest.write_text(text + MODULES.format(script=script, more="true"))
+            process = lab.run.start("apply", str(manifest), "--json", "--yes")
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        for pid in [*keepers(lab), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        resumed = lab.run("resume", "--json")
+        assert resumed.code == 0, resumed.out
+    assert undone.exists()
     assert_no_tick_is_missing(lab, before)
 
 

@@ -77,10 +77,11 @@ PLACES = (
     "keep-qemu.end",
     "step:fetch.end",
     "warm.end",
+    "watch.end",
+    "rehearse.stopped",
     "rehearse.end",
     "clocks-before.end",
     "prepare.end",
-    "watch.end",
     "recheck.end",
     "park.begin",
     "park.end",
@@ -95,7 +96,7 @@ PLACES = (
     "step:tidy.end",
 )
 #: What a run does differently where a step needs every QEMU gone.
-TOGETHER = ("park.end", "park.end@2", "step:swap.end", "unpark.end", "unpark.end@2", "commit.end")
+TOGETHER = ("park.parked", "park.end", "step:swap.end", "unpark.end", "commit.end")
 FAULTS = (
     "error",
     "hang",
@@ -108,8 +109,8 @@ FAULTS = (
     "disk full",
     "clock step",
 )
-#: Where a guest is parked: the keeper waits for it.
-DARK = {"park.end", "unpark.end", "park.end@2", "unpark.end@2"}
+#: Where a guest is parked, or stopped: the keeper waits for it.
+DARK = {"rehearse.stopped", "park.end", "unpark.end", "park.end@2", "unpark.end@2"}
 ALL = [
     *(
         ("handover", place, fault)
