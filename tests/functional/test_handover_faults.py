@@ -405,7 +405,7 @@ def test_what_others_do_to_a_parked_guest(bench: Bench) -> None:
 def test_a_pending_record_that_is_gone(bench: Bench) -> None:
     """The parked records are enough."""
     before = bench.pids()
-    process = bench.apply("handover", "watch.end=stop")
+    process = bench.apply("handover", "prepare.end=stop")
     assert bench.stands_still(process), process.communicate()
     for pid in [*keepers(bench.lab), process.pid]:
         faults.kill_pid(pid)
