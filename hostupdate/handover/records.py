@@ -106,12 +106,15 @@ def _store(path: Path, data: bytes, mode: int, durable: bool) -> None:
     temporary = _unfinished(path)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.fchmod(fd, mode)
+            os.fchmod(fd, 0o600)  # of a run that was killed
             while data:
                 data = data[os.write(fd, data) :]
             if durable:
+                os.fsync(fd)
+            if mode != 0o600:  # libvirt runs whatever is executable among its hooks
+                os.fchmod(fd, mode)
                 os.fsync(fd)
         finally:
             os.close(fd)

@@ -236,3 +236,27 @@ def test_an_older_one_of_ours_is_replaced_and_anothers_is_not(world: World) -> N
 def test_a_state_directory_that_a_script_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         Hook(tmp_path / "hook", tmp_path / "it's")
+
+
+def test_it_is_not_executable_before_it_is_whole(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt runs every executable file beside it."""
+    new = world.hook.path.with_name("hostupdate.new")
+    new.write_text("half of it")
+    new.chmod(0o755)
+    modes = []
+    write = os.write
+
+    def part(fd: int, data: bytes) -> int:
+        modes.append(new.stat().st_mode & 0o777)
+        return write(fd, data[:100])
+
+    monkeypatch.setattr(os, "write", part)
+    text = world.hook.path.read_bytes()
+    world.hook.path.unlink()
+    world.hook.install()
+    monkeypatch.setattr(os, "write", write)
+    assert len(modes) > 2 and set(modes) == {0o600}
+    assert world.hook.path.read_bytes() == text
+    assert world.hook.path.stat().st_mode & 0o777 == 0o755
