@@ -122,7 +122,7 @@ def read_image(path: Path) -> SaveImage:
     Raises ``ImageError``: no regular file, not readable, incomplete, not of this byte order,
     version or size, compressed by something else than gzip, or with anything unknown in it.
     """
-    return parse(path, _read(path))
+    return parse(path, read(path))
 
 
 def check(
@@ -234,7 +234,9 @@ def _head(xml: str, cookie: str, *, running: bool, stored: int, data_bytes: int)
     return _HEADER.pack(*fields) + text.ljust(data_bytes, b"\0")
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """A file that may be an image, whole. ``ImageError``: no regular file, too large, not readable.
+    """
     try:
         # Not blocking: a FIFO under this name is no image, and nobody may ever write to it.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -34,9 +34,9 @@ def intact(record: ParkedRecord) -> image.SaveImage:
     problems = []
     for path in dict.fromkeys((record.image, record.guard)):
         try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
+            data = image.read(Path(path))
+        except ImageError as error:
+            problems.append(str(error))
             continue
         if hashlib.sha256(data).hexdigest() == record.image_sha256:
             return image.parse(Path(path), data)

@@ -78,6 +78,8 @@ def find(name: str, uuid: str, pid: int) -> GuestRam:
         kind = filesystem(home)
     except OSError as error:
         raise GuestError(name, f"its RAM cannot be looked at: {error}") from error
+    except (ValueError, KeyError) as error:
+        raise GuestError(name, f"what its QEMU was told of RAM is not understood: {error}") from error
     if kind not in _IN_RAM and not kind.endswith("+dax"):
         raise GuestError(
             name, f"its RAM lies in {directory}, on {kind}: it would be written to a disk",
@@ -87,7 +89,10 @@ def find(name: str, uuid: str, pid: int) -> GuestRam:
 
 
 def link(record: ParkedRecord) -> None:
-    """Gives each RAM file its second name. Safe to repeat. GuestError: it cannot, and has not."""
+    """Gives each RAM file its second name. Safe to repeat. GuestError: it cannot, and has not.
+
+    The guest has a record by then, and had none before: another file under such a name is garbage.
+    """
     running = [
         path
         for path in Path(record.ram_directory).glob("*-*")
@@ -111,17 +116,18 @@ def link(record: ParkedRecord) -> None:
             source = next((path for path in homes if _is(path, ram)), None)
             if source is None:
                 raise GuestError(record.name, f"its RAM file {ram.block} has changed meanwhile")
-            with suppress(FileExistsError):
+            if not _is(Path(ram.link), ram):  # else of a run that died, and is in no record
+                Path(ram.link).unlink(missing_ok=True)
                 os.link(source, ram.link, follow_symlinks=False)
+        problem = problem_of(record)
+        if problem:
+            raise GuestError(record.name, problem)
     except OSError as error:
         unlink(record)
         raise GuestError(record.name, f"its RAM cannot be linked: {error}") from error
     except GuestError:
         unlink(record)
         raise
-    problem = problem_of(record)
-    if problem:
-        raise GuestError(record.name, problem)
 
 
 def problem_of(record: ParkedRecord) -> str:
@@ -173,7 +179,7 @@ def filesystem(path: Path) -> str:
         for line in mounts:
             before, _, after = line.partition(" - ")
             if before.split()[2] == wanted:
-                kind, _source, options = after.split()[:3]
+                kind, _source, options = after.rstrip("\n").split(" ")[:3]  # the source may be ""
                 dax = {"dax", "dax=always"} & set(options.split(","))
                 found = f"{kind}+dax" if dax else kind
     return found

@@ -92,6 +92,32 @@ def test_ram_that_cannot_be_kept(top: Path, changes: dict[str, Any], problem: st
         find("-object", backend(home / "pc.ram", **changes))
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        '{"qom-type":"memory-backend-file","share":true',
+        '{"qom-type":"memory-backend-file","share":true}',
+    ],
+)
+def test_a_command_line_that_is_not_understood(top: Path, argument: str) -> None:
+    home = make(top)
+    with pytest.raises(GuestError, match="not understood"):
+        find("-object", backend(home / "pc.ram"), "-object", argument)
+
+
+def test_a_mount_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mount -t tmpfs '' DIRECTORY``: its source has no characters at all."""
+    device = tmp_path.stat().st_dev
+    table = tmp_path / "mountinfo"
+    table.write_text(
+        f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw - tmpfs  rw,size=1k\n"
+        "37 35 98:1 / /x rw - ext4 /dev/x rw\n"
+    )
+    real = open
+    monkeypatch.setattr("builtins.open", lambda _path, **options: real(table, **options))
+    assert ram_store.filesystem(tmp_path) == "tmpfs"
+
+
 def test_ram_of_no_files() -> None:
     with pytest.raises(GuestError, match="private") as caught:
         find("-m", "512")
@@ -153,6 +179,32 @@ def test_a_file_that_changed_before_it_was_linked(top: Path) -> None:
     with pytest.raises(GuestError, match="changed meanwhile"):
         ram_store.link(record)
     assert not Path(record.ram[0].link).exists()
+
+
+def test_what_a_dead_run_has_left_is_replaced(top: Path) -> None:
+    home = make(top)
+    record = record_of(find("-object", backend(home / "pc.ram")))
+    path = Path(record.ram[0].link)
+    path.parent.mkdir(mode=0o700, parents=True)
+    path.parent.parent.chmod(0o700)
+    path.write_bytes(b"q" * 8192)
+    ram_store.link(record)
+    assert path.samefile(home / "pc.ram")
+
+
+def test_a_file_that_changes_as_it_is_linked(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = make(top)
+    record = record_of(find("-object", backend(home / "pc.ram")))
+    real = os.link
+
+    def link(source: Path, target: str, *, follow_symlinks: bool) -> None:
+        real(source, target, follow_symlinks=follow_symlinks)
+        os.truncate(target, 4096)
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(GuestError, match="4096 bytes"):
+        ram_store.link(record)
+    assert not (top / "hostupdate-parked").exists()
 
 
 def test_a_directory_that_others_may_enter(top: Path) -> None:
