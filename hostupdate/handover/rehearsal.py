@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from hostupdate.errors import DeadlineError, HypervisorError, RefusedError
+from hostupdate.errors import DeadlineError, HypervisorError, PrerequisiteError, RefusedError
 from hostupdate.handover import builds, inquiry
 from hostupdate.handover.harmless import harmless
 from hostupdate.handover.inquiry import Command
@@ -209,13 +209,20 @@ def _ignore_shared(command: Command, on: bool) -> None:
 
 
 def _opens_read_only(program: Path) -> bool:
-    said = subprocess.run(
-        [program, "-object", "memory-backend-file,help"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=builds.LOOK_NS / 1e9,
-        check=False,
-    )
+    try:
+        said = subprocess.run(
+            [program, "-object", "memory-backend-file,help"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=builds.LOOK_NS / 1e9,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DeadlineError(f"{program} -object", builds.LOOK_NS) from error
+    except OSError as error:
+        raise PrerequisiteError(
+            f"{program} does not run: {error.strerror}", remedy="name a QEMU system emulator"
+        ) from error
     return b"rom=" in said.stdout
 
 

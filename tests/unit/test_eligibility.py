@@ -116,6 +116,7 @@ PCI = "<hostdev mode='subsystem' type='pci'>{}</hostdev>"
         ("<filesystem><driver type='virtiofs'/></filesystem>", "virtiofs"),
         ("<shmem name='s' role='peer'/>", "shared memory s"),
         ("<shmem name='s'/>", "shared memory s"),
+        ("<memory model='virtio-mem'><target/></memory>", "virtio-mem device"),
         ("<tpm model='tpm-crb'><backend type='emulator'/></tpm>", "TPM"),
     ],
 )
