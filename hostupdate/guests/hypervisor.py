@@ -250,9 +250,16 @@ class Hypervisor:
         if own is not self:
             own.close()
 
-    def call(self, what: str, run: Callable[[Any], T], timeout_ns: int | None = None) -> T:
-        """Runs ``run`` with the connection on a thread of its own, within a deadline."""
-        return self._call(what, lambda: run(self._connection), timeout_ns)
+    def call(
+        self,
+        what: str,
+        run: Callable[[Any], T],
+        timeout_ns: int | None = None,
+        on_late: Callable[[T], None] | None = None,
+    ) -> T:
+        """Runs ``run`` with the connection on a thread of its own, within a deadline; ``on_late``
+        takes back what succeeds after it."""
+        return self._call(what, lambda: run(self._connection), timeout_ns, on_late)
 
     def revive(self) -> None:
         """Opens the connection again where its daemon has gone. HypervisorError, DeadlineError:
@@ -299,9 +306,15 @@ class Hypervisor:
                 return None  # it went away between the list and the look
             raise
 
-    def _call(self, what: str, run: Callable[[], T], timeout_ns: int | None = None) -> T:
+    def _call(
+        self,
+        what: str,
+        run: Callable[[], T],
+        timeout_ns: int | None = None,
+        on_late: Callable[[T], None] | None = None,
+    ) -> T:
         try:
-            return call_within(what, timeout_ns or self._timeout_ns, run)
+            return call_within(what, timeout_ns or self._timeout_ns, run, on_late)
         except libvirt.libvirtError as error:
             raise HypervisorError(f"libvirt: {what}: {error}", remedy=_remedy(self.uri)) from error
         except InputError:

@@ -8,7 +8,6 @@ qemu_process.c: qemuProcessRecoverJob).
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 import xml.etree.ElementTree as ET
@@ -20,7 +19,8 @@ from typing import Any, TypeVar
 import libvirt
 import libvirt_qemu
 
-from hostupdate.errors import HypervisorError
+from hostupdate.errors import DeadlineError, HypervisorError
+from hostupdate.guests import streaming
 from hostupdate.guests.hypervisor import _STATES, Hypervisor, _let_run
 from hostupdate.model import GuestState
 from hostupdate.parked import DomainFacts, Stamp
@@ -31,7 +31,6 @@ T = TypeVar("T")
 _BUSY = {libvirt.VIR_DOMAIN_PAUSED_SAVE, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP}
 _PROBE = "hostupdate-hook-probe"
 _EVENT_S = 1.0
-_STREAM = '{"execute":"migrate","arguments":{"uri":"fd:hostupdate"}}'
 
 
 class Parking:
@@ -122,25 +121,48 @@ class Parking:
 
     def stream(self, uuid: str, fd: int) -> None:
         """Stops the guest and has QEMU write its state to ``fd``, a pipe that somebody reads on
-        another thread: QEMU answers nothing while it writes."""
+        another thread: QEMU answers nothing while it writes.
+
+        Of what a DeadlineError leaves under way, that which succeeds later is taken back at that
+        moment; for the rest there is :meth:`cancel`.
+        """
         self._drop(uuid, "STOP")
-        give = '{"execute":"getfd","arguments":{"fdname":"hostupdate"}}'
+        lent = streaming.Lent(fd)
+        try:
+            self._of(
+                "save a guest", uuid, lambda domain: streaming.give(domain, lent),
+                on_late=streaming.take_back,
+            )  # fmt: skip
+        finally:
+            lent.end()
+        ran = self.status(uuid) == "running"
+        if ran:
+            self._of("stop a guest", uuid, streaming.stop, on_late=streaming.go_on)
 
-        def start(domain: Any) -> None:
-            _answer(libvirt_qemu.qemuMonitorCommandWithFiles(domain, give, [fd], 0)[0], "getfd")
-            for command in ('{"execute":"stop"}', _STREAM):
-                _answer(libvirt_qemu.qemuMonitorCommand(domain, command, 0), command)
+        def take_back(domain: Any) -> None:
+            with suppress(libvirt.libvirtError, HypervisorError):
+                streaming.end(domain)
+            if ran:
+                streaming.go_on(domain)
 
-        self._of("save a guest", uuid, start)
+        self._of("save a guest", uuid, streaming.start, on_late=take_back)
 
     def stream_state(self, uuid: str) -> str:
         """What QEMU says of that: ``completed`` when it is through."""
         return str(self._monitor(uuid, "query-migrate", {}).get("status", "none"))
 
+    def status(self, uuid: str) -> str:
+        """What QEMU says that the guest does: ``postmigrate`` after a save, until it is resumed."""
+        return str(self._monitor(uuid, "query-status", {})["status"])
+
     def cancel(self, uuid: str) -> None:
-        """Ends a save under way; the guest goes on. No error where there is none."""
-        with suppress(HypervisorError):
-            self._of("end a save", uuid, lambda domain: domain.abortJob())
+        """Ends a save under way, libvirt's or ours. No error where there is none, or where nobody
+        answers."""
+        with suppress(HypervisorError, DeadlineError):
+            try:
+                self._of("end a save", uuid, lambda domain: domain.abortJob())
+            except HypervisorError:  # libvirt knows of none
+                self._of("end a save", uuid, streaming.end)
 
     def restore(self, path: Path) -> None:
         """A guest from an image; it is paused then."""
@@ -221,18 +243,27 @@ class Parking:
             self._changed.notify_all()
 
     def _monitor(self, uuid: str, command: str, arguments: dict[str, Any]) -> Any:
-        text = json.dumps({"execute": command, "arguments": arguments}, separators=(",", ":"))
-        reply = self._of(
-            command, uuid, lambda domain: libvirt_qemu.qemuMonitorCommand(domain, text, 0)
-        )
-        return _answer(reply, command)
+        return self._of(command, uuid, lambda domain: streaming.command(domain, command, arguments))
 
     def _of(
-        self, what: str, uuid: str, run: Callable[[Any], T], timeout_ns: int | None = None
+        self,
+        what: str,
+        uuid: str,
+        run: Callable[[Any], T],
+        timeout_ns: int | None = None,
+        on_late: Callable[[T], None] | None = None,
     ) -> T:
-        return self._call(what, lambda conn: run(conn.lookupByUUIDString(uuid)), timeout_ns)
+        return self._call(
+            what, lambda conn: run(conn.lookupByUUIDString(uuid)), timeout_ns, on_late
+        )
 
-    def _call(self, what: str, run: Callable[[Any], T], timeout_ns: int | None = None) -> T:
+    def _call(
+        self,
+        what: str,
+        run: Callable[[Any], T],
+        timeout_ns: int | None = None,
+        on_late: Callable[[T], None] | None = None,
+    ) -> T:
         self._hypervisor.revive()
 
         def watched(connection: Any) -> T:
@@ -245,15 +276,7 @@ class Parking:
                 self._watched = connection
             return run(connection)
 
-        return self._hypervisor.call(what, watched, timeout_ns)
-
-
-def _answer(reply: str, command: str) -> Any:
-    answer = json.loads(reply)
-    if "return" not in answer:
-        problem = answer.get("error", {}).get("desc", "an answer that says nothing")
-        raise HypervisorError(f"QEMU: {command}: {problem}")
-    return answer["return"]
+        return self._hypervisor.call(what, watched, timeout_ns, on_late)
 
 
 def _has_helper_less_slirp(interface: ET.Element) -> bool:

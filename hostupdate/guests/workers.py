@@ -83,9 +83,14 @@ class Worker:
             call.execute()
 
 
-def call_within(what: str, timeout_ns: int, run: Callable[[], T]) -> T:
+def call_within(
+    what: str,
+    timeout_ns: int,
+    run: Callable[[], T],
+    on_late: Callable[[T], None] | None = None,
+) -> T:
     """Runs ``run`` on a thread of its own for at most ``timeout_ns``; DeadlineError after that."""
     worker = Worker(what)
-    call = worker.submit(what, run)
+    call = worker.submit(what, run, on_late)
     worker.close()
     return call.result(time.monotonic_ns() + timeout_ns, timeout_ns)

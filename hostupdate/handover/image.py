@@ -235,8 +235,7 @@ def _head(xml: str, cookie: str, *, running: bool, stored: int, data_bytes: int)
 
 
 def read(path: Path) -> bytes:
-    """A file that may be an image, whole. ``ImageError``: no regular file, too large, not readable.
-    """
+    """A file that may be an image, whole. ``ImageError``: not regular, too large, not readable."""
     try:
         # Not blocking: a FIFO under this name is no image, and nobody may ever write to it.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -29,13 +29,17 @@ class Domains(Protocol):
         """XML and cookie as a save image of the guest has them."""
 
     def stream(self, uuid: str, fd: int) -> None:
-        """Stops the guest and has QEMU write its state to ``fd``, a pipe that somebody reads."""
+        """Stops the guest and has QEMU write its state to ``fd``, a pipe that somebody reads. What
+        is still under way at a DeadlineError is taken back when it succeeds."""
 
     def stream_state(self, uuid: str) -> str:
         """What QEMU says of that: ``completed`` when it is through."""
 
+    def status(self, uuid: str) -> str:
+        """What QEMU says that the guest does: ``postmigrate`` after that, until it is resumed."""
+
     def cancel(self, uuid: str) -> None:
-        """Ends a save under way; the guest goes on. No error where there is none."""
+        """Ends a save under way. No error where there is none, or where nobody answers."""
 
     def restore(self, path: Path) -> None:
         """A guest from an image; it is paused."""

@@ -79,7 +79,7 @@ def find(name: str, uuid: str, pid: int) -> GuestRam:
     except OSError as error:
         raise GuestError(name, f"its RAM cannot be looked at: {error}") from error
     except (ValueError, KeyError) as error:
-        raise GuestError(name, f"what its QEMU was told of RAM is not understood: {error}") from error
+        raise GuestError(name, f"what its QEMU knows of RAM is not understood: {error}") from error
     if kind not in _IN_RAM and not kind.endswith("+dax"):
         raise GuestError(
             name, f"its RAM lies in {directory}, on {kind}: it would be written to a disk",

@@ -90,8 +90,7 @@ class Saving:
             with held(self._host.find_pid(record.uuid)):  # to unmap a GiB takes 60 ms
                 self._save(record)
         except HostUpdateError as error:
-            if isinstance(error, DeadlineError):
-                domains.cancel(record.uuid)
+            domains.cancel(record.uuid)
             if self.settle(record).active:
                 self.abort(record)
                 raise GuestError(record.name, f"it was not saved, and runs: {error}") from error
