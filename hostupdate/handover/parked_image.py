@@ -45,6 +45,14 @@ def intact(record: ParkedRecord) -> image.SaveImage:
     raise GuestError(record.name, f"no image of it is intact ({problem}); it stays parked")
 
 
+def is_saved(record: ParkedRecord, path: Path) -> bool:
+    """Whether the file at ``path`` is what was saved of the guest."""
+    try:
+        return hashlib.sha256(image.read(path)).hexdigest() == record.image_sha256
+    except ImageError:
+        return False
+
+
 def loadable(saved: image.SaveImage, emulator: str | None) -> bytes:
     """What a QEMU takes that nobody told of RAM in files: the guest, paused. ImageError."""
     xml = saved.xml

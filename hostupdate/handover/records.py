@@ -127,6 +127,17 @@ def _store(path: Path, data: bytes, mode: int, durable: bool) -> None:
         raise
 
 
+def erase(path: Path) -> None:
+    """Removes a file that :func:`store` or another has written, for good. Safe to repeat.
+    OSError."""
+    try:
+        for each in (_unfinished(path), path):
+            each.unlink(missing_ok=True)
+        sync_directory(path.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # nor is its directory there
+
+
 def _unfinished(path: Path) -> Path:
     """The file before it is whole."""
     return path.with_name(path.name + ".new")

@@ -28,7 +28,7 @@ from hostupdate.errors import (
 )
 from hostupdate.handover import candidate, parked_image, ram_store
 from hostupdate.handover.ports import Host
-from hostupdate.handover.records import store
+from hostupdate.handover.records import erase, store
 from hostupdate.model import GuestState
 from hostupdate.parked import DomainFacts, ParkedRecord, ParkedState
 
@@ -221,14 +221,15 @@ class Saving:
 
     def abort(self, record: ParkedRecord) -> None:
         """The guest is under its old QEMU as if nothing had been. Safe to repeat. Raises what the
-        hypervisor does, the record is still there then. GuestError: it has been saved."""
+        hypervisor does, the record is still there then. GuestError: it has been saved, or what was
+        saved of it cannot be removed."""
         facts = self.settle(record)
         if facts.active:
+            self._erase_images(record)
             self._let_go_on(record, facts)
             # A daemon that has just been started says what it remembers, until QEMU has answered.
             self._host.domains.set_ignore_shared(record.uuid, False)
             self._let_go_on(record, self.facts(record.uuid))
-            self._forget_save(record)  # half an image
         elif self._host.hook.guards(record):
             raise GuestError(record.name, "it has no QEMU any more: unpark it")
         self.forget(record)
@@ -246,7 +247,26 @@ class Saving:
         if stopped and self._host.hook.guards(record):
             self._host.domains.resume(record.uuid)
 
+    def _erase_images(self, record: ParkedRecord) -> None:
+        """Before the guest goes on: an image that is whole would be taken for that of a guest which
+        has been saved, should it end."""
+        if record.persistent:
+            with suppress(HypervisorError):  # it may know of none
+                self._host.domains.forget_save(record.uuid)
+        try:
+            for path in {record.guard, record.image}:
+                erase(Path(path))
+        except OSError as error:
+            raise GuestError(
+                record.name, f"its image cannot be removed, so that it must not go on: {error}",
+                remedy=f"remove {record.guard} and {record.image}, then `hostupdate resume`",
+            ) from error  # fmt: skip
+
     def _forget_save(self, record: ParkedRecord) -> None:
+        """libvirt knows of none any more. No error where the file is gone, or another's: the owner
+        may have saved the guest since."""
+        if record.image_sha256 and not parked_image.is_saved(record, Path(record.guard)):
+            return
         if record.persistent:
             try:
                 self._host.domains.forget_save(record.uuid)

@@ -325,6 +325,15 @@ def test_the_daemon_ends_and_starts_while_guests_are_parked(guest: Parked) -> No
     assert guest.virsh("autostart", "--disable", guest.name).returncode == 0
 
 
+def test_what_its_owner_saved_since_is_not_ours_to_remove(guest: Parked) -> None:
+    record = guest.way.commit(guest.way.switch(guest.way.prepare(guest.uuid), None))
+    guest.guard.unlink()
+    assert guest.virsh("managedsave", guest.name).returncode == 0
+    guest.way.finish(record)
+    assert guest.guard.stat().st_size > 20 << 20
+    assert guest.virsh("start", guest.name).returncode == 0
+
+
 def test_an_abort_leaves_a_guest_that_can_be_saved(guest: Parked) -> None:
     """A save after it holds the guest's RAM."""
     record = guest.way.prepare(guest.uuid)

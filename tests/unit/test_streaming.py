@@ -1,4 +1,4 @@
-"""A save that QEMU makes at our word: whatever hangs in it, the guest runs once we have given up."""
+"""A save that QEMU makes at our word: whatever hangs in it, the guest runs after we gave up."""
 
 from __future__ import annotations
 
