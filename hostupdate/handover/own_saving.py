@@ -6,7 +6,8 @@ the same if QEMU were not quite gone then: so the connection is kept open, by de
 taken from QEMU, until it is. libvirt says of the guest that it has crashed.
 
 What libvirt checks before a save of its own, nobody checks here but QEMU: a caller lets only guests
-come this way of which it knows that nothing forbids it.
+come this way of which it knows that nothing forbids it. Nor does libvirt keep others from changing
+or resuming the guest meanwhile: that is looked for before its QEMU is ended.
 """
 
 from __future__ import annotations
@@ -59,11 +60,25 @@ class OwnSaving(Saving):
             head = image.head(xml, cookie, running=record.was_running, stored=image.RAW)
             image.place(Path(record.guard), head + stream)
             parked_image.checked(record, Path(record.guard))
+            if self._host.domains.description(record.uuid) != (xml, cookie):
+                raise GuestError(record.name, "its definition changed while it was saved")
             with _held_sockets(pid, pidfd):
+                self._require_saved(record)
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 _wait_gone(record, pid, pidfd)
         finally:
             os.close(pidfd)
+
+    def _require_saved(self, record: ParkedRecord) -> None:
+        """GuestError: it has been resumed since. Until now it was not kept from that."""
+        deadline_ns = time.monotonic_ns() + _STREAM_NS
+        # QEMU says that a save is complete a moment before the guest's state does.
+        while (status := self._host.domains.status(record.uuid)) == "finish-migrate":
+            if time.monotonic_ns() >= deadline_ns:
+                break
+            time.sleep(_POLL_S)
+        if status != "postmigrate":
+            raise GuestError(record.name, f"it is {status} again: somebody has resumed it")
 
     def _stream(self, record: ParkedRecord) -> bytes:
         """The guest's state; the guest is stopped then."""

@@ -147,6 +147,66 @@ def test_a_save_that_fails(guest: Parked) -> None:
     guest.assert_as_if_nothing_had_been()
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["desc", "{}", "--live", "another one"], "definition changed"),
+        (["resume", "{}"], "somebody has resumed it"),
+    ],
+)
+def test_what_somebody_does_to_it_meanwhile(
+    guest: Parked, monkeypatch: pytest.MonkeyPatch, words: list[str], problem: str
+) -> None:
+    record = guest.way.prepare(guest.uuid)
+    place = image.place
+
+    def meddled(path: Path, content: bytes) -> None:
+        place(path, content)
+        done = guest.virsh(*(word.format(guest.name) for word in words))
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr(image, "place", meddled)
+    pid = pid_of(guest.uuid)
+    with pytest.raises(GuestError, match=problem):
+        guest.way.park(record)
+    assert pid_of(guest.uuid) == pid
+    guest.assert_as_if_nothing_had_been()
+
+
+def test_no_image_lies_about_when_the_guest_goes_on(
+    guest: Parked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is whole and would load, but its RAM has moved on."""
+    guest.die_at("before domains status 2")
+    assert image.read_image(guest.guard)
+    there = []
+    resume = Parking.resume
+
+    def watched(self: Parking, uuid: str) -> None:
+        there.append([p for p in guest.files() if p.endswith((".save", ".image"))])
+        resume(self, uuid)
+
+    monkeypatch.setattr(Parking, "resume", watched)
+    recover(guest.host, guest.record)
+    assert there == [[]]
+    guest.assert_as_if_nothing_had_been()
+
+
+def test_an_image_that_cannot_be_removed(guest: Parked) -> None:
+    """The guest stays as it is: stopped, and with a record."""
+    record = guest.way.prepare(guest.uuid)
+    guest.host.hook.guard(record)
+    guest.domains.set_ignore_shared(guest.uuid, True)
+    guest.virsh("qemu-monitor-command", guest.name, "--hmp", "stop")
+    guest.guard.mkdir()
+    with pytest.raises(GuestError, match="must not go on"):
+        guest.way.abort(record)
+    assert guest.state() is GuestState.PAUSED and guest.record == record
+    guest.guard.rmdir()
+    guest.way.abort(record)
+    guest.assert_as_if_nothing_had_been()
+
+
 def test_a_qemu_that_does_not_write(guest: Parked, monkeypatch: pytest.MonkeyPatch) -> None:
     record = guest.way.prepare(guest.uuid)
     monkeypatch.setattr(Parking, "stream", lambda *_: None)
