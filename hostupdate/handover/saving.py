@@ -147,8 +147,11 @@ class Saving:
             try:
                 self._host.domains.restore(loadable)
             except (HypervisorError, DeadlineError) as error:
-                if not self.settle(record).active:
+                facts = self.settle(record)
+                if not facts.active:
                     raise self._still_parked(record, str(error)) from error
+                if _is_let_run(facts):  # while the hook let us pass, it did so for others
+                    raise _booted(record) from error
             self.verify(record)
         except BaseException:
             self._host.hook.guard(record)
@@ -163,12 +166,8 @@ class Saving:
         pid = self._host.find_pid(record.uuid)
         if pid is not None and ram_store.is_mapped(record, pid):
             return
-        if facts.state is GuestState.RUNNING or facts.paused_by_owner:
-            raise GuestError(
-                record.name,
-                "it runs, but not on its parked RAM: somebody has booted it",
-                remedy="look into it; `hostupdate resume --discard GUEST` forgets what was parked",
-            )
+        if _is_let_run(facts):
+            raise _booted(record)
         self._host.domains.destroy(record.uuid)
         raise self._still_parked(record, "QEMU did not get its parked RAM")
 
@@ -178,7 +177,7 @@ class Saving:
         if record.state is ParkedState.RUNNING:
             raise _moved_on(record)
         facts = self.settle(record)
-        if facts.state is GuestState.RUNNING or facts.paused_by_owner:
+        if _is_let_run(facts):
             raise GuestError(record.name, "somebody has let it run under its new QEMU: no way back")
         if facts.active:
             self._host.domains.destroy(record.uuid)
@@ -310,6 +309,19 @@ class Saving:
             if not self._host.domains.hook_is_called(record.uuid):
                 remedy = _RELOAD
         return GuestError(record.name, f"{problem}; it stays parked", remedy=remedy)
+
+
+def _is_let_run(facts: DomainFacts) -> bool:
+    """Not as a restore leaves a guest."""
+    return facts.state is GuestState.RUNNING or facts.paused_by_owner
+
+
+def _booted(record: ParkedRecord) -> GuestError:
+    return GuestError(
+        record.name,
+        "it runs, but not as it was parked: somebody has booted it",
+        remedy="look into it; `hostupdate resume --discard GUEST` forgets what was parked",
+    )
 
 
 def _moved_on(record: ParkedRecord) -> GuestError:

@@ -19,7 +19,8 @@ from libvirt_qemu import qemuMonitorEventRegister
 
 from hostupdate.errors import GuestError, HypervisorError
 from hostupdate.guests import Hypervisor
-from hostupdate.handover import builds
+from hostupdate.guests.parking import Parking
+from hostupdate.handover import builds, ram_store
 from hostupdate.handover.builds import Build
 from hostupdate.handover.recovery import Recovered, discard, recover
 from hostupdate.handover.ways import WAYS
@@ -531,6 +532,30 @@ def test_a_guest_that_was_booted_behind_our_back_is_left_alone(guest: Parked) ->
     guest.owner().resume(guest.name)
     assert pid_of(guest.uuid) == pid
     discard(guest.host, record)
+
+
+@pytest.mark.parametrize("paused", [[], ["--paused"]])
+def test_a_guest_that_is_booted_while_we_unpark_it(
+    guest: Parked, monkeypatch: pytest.MonkeyPatch, paused: list[str]
+) -> None:
+    """On its parked RAM, which our hook has given back: it is not taken for the one restored."""
+    record = guest.park()
+    xml = guest.base / "booted.xml"
+    xml.write_text(guest.virsh("dumpxml", guest.name).stdout)
+
+    def booted(self: Parking, path: Path) -> None:
+        done = guest.virsh("create", str(xml), *paused)
+        assert done.returncode == 0, done.stderr
+        raise HypervisorError("the domain is there already")
+
+    monkeypatch.setattr(Parking, "restore", booted)
+    with pytest.raises(GuestError, match="somebody has booted it"):
+        guest.way.unpark(record, None)
+    pid = pid_of(guest.uuid)
+    assert pid is not None and ram_store.is_mapped(record, pid)
+    guest.owner().destroy(guest.name)
+    discard(guest.host, record)
+    boot(guest)
 
 
 def test_a_guest_that_ended_after_it_was_let_run(guest: Parked) -> None:
