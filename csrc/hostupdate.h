@@ -219,6 +219,7 @@ int hu_ram_digest_process(int32_t pid, const struct hu_ram_mapping *mapping, uin
  * Keeps the address space of a process until the returned descriptor is closed, also by this
  * process's end. One that dies meanwhile is gone at once: its memory is unmapped by a thread of this
  * process after the close, which does not wait for it (60 ms for a GiB mapped in pages of 4 KiB).
+ * Until then its mappings keep what they map in use: those of a vCPU keep KVM's modules loaded.
  * -ESRCH: there is no such process, or it has begun to die; -EACCES: it is not ours to look at;
  * -EPERM, -ENOSYS: no userfaultfd for us (CAP_SYS_PTRACE) or in this kernel; -ETIMEDOUT.
  */

@@ -150,7 +150,8 @@ def _taken(pidfd: int, fd: int) -> int:
 
 
 def _wait_gone(record: ParkedRecord, pid: int, pidfd: int) -> None:
-    """Until the process is dead, its memory given back, and reaped by its parent."""
+    """Until the process is dead and reaped by its parent. Its memory is given back by then where
+    nothing holds its address space (``outlive``)."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     deadline_ns = time.monotonic_ns() + _DEATH_NS

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -41,12 +41,18 @@ _RELOAD = "systemctl reload libvirtd (or virtqemud): it looks for hooks then; gu
 
 class Saving:
     """Fits :class:`hostupdate.handover.ports.Way`. Errors are GuestError where a guest cannot be
-    handled, and those of the hypervisor; the guest's record tells its state then."""
+    handled, and those of the hypervisor; the guest's record tells its state then.
+
+    ``outlive``: the old QEMU's address space is held while it ends, so that nobody waits for its
+    memory to be unmapped. It keeps KVM's modules in use until that is done, shortly after
+    :meth:`park`: False where something is to be done while guests are parked.
+    """
 
     name: ClassVar[str] = "save"
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, outlive: bool = True) -> None:
         self._host = host
+        self._outlive = outlive
 
     def prepare(self, uuid: str) -> ParkedRecord:
         """The guest's RAM gets its second name. GuestError: it cannot be parked; nothing is left.
@@ -87,7 +93,8 @@ class Saving:
         try:
             self._host.hook.guard(record)
             domains.set_ignore_shared(record.uuid, True)
-            with held(self._host.find_pid(record.uuid)):  # to unmap a GiB takes 60 ms
+            pid = self._host.find_pid(record.uuid)
+            with held(pid) if self._outlive else nullcontext():  # to unmap a GiB takes 60 ms
                 self._save(record)
         except HostUpdateError as error:
             domains.cancel(record.uuid)

@@ -12,7 +12,7 @@ import pytest
 
 from hostupdate.errors import GuestError, HypervisorError
 from hostupdate.guests.parking import Parking
-from hostupdate.handover import image
+from hostupdate.handover import image, saving
 from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.recovery import recover
 from hostupdate.handover.saving import Saving
@@ -57,6 +57,19 @@ def test_five_in_a_row_leave_nothing(guest: Parked, capsys: pytest.CaptureFixtur
     assert len(os.listdir("/proc/self/fd")) == len(descriptors)
     with capsys.disabled():
         print(f"\n[five own saves: blackouts {[round((b or 0) / 1e6) for b in blackouts]} ms]")
+
+
+@pytest.mark.parametrize("outlive", [True, False])
+def test_whether_an_address_space_outlives_its_process(
+    guest: Parked, monkeypatch: pytest.MonkeyPatch, outlive: bool
+) -> None:
+    held = []
+    real = saving.held
+    monkeypatch.setattr(saving, "held", lambda pid: (held.append(pid), real(pid))[1])
+    pid = pid_of(guest.uuid)
+    guest.way = OwnSaving(guest.host, outlive=outlive)
+    guest.bring_back(guest.park())
+    assert held == ([pid] if outlive else [])
 
 
 def test_the_image_is_what_libvirt_would_have_written(guest: Parked) -> None:
