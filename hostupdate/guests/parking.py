@@ -29,8 +29,11 @@ T = TypeVar("T")
 
 #: A guest that has been restored and is paused says "migration" (qemuProcessStart).
 _BUSY = {libvirt.VIR_DOMAIN_PAUSED_SAVE, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP}
-_PROBE = "hostupdate-hook-probe"
+_HOOK_PROBE = "hostupdate-hook-probe"
+_EMULATOR_PROBE = "hostupdate-emulator-probe"  #: which the hook lets pass
+_THROWN_AWAY = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
 _EVENT_S = 1.0
+_POLL_S = 0.01
 
 
 class Parking:
@@ -198,9 +201,8 @@ class Parking:
 
         def ask(connection: Any) -> bool:
             like = ET.fromstring(connection.lookupByUUIDString(uuid).XMLDesc())
-            flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
             try:
-                domain = connection.createXML(_probe(like), flags)
+                domain = connection.createXML(_probe(like, _HOOK_PROBE), _THROWN_AWAY)
             except libvirt.libvirtError as error:
                 if error.get_error_code() == libvirt.VIR_ERR_HOOK_SCRIPT_FAILED:
                     return True
@@ -210,6 +212,29 @@ class Parking:
 
         with self._probing:  # its name is the same for all
             return self._call("try libvirt's hook", ask, self._life_ns)
+
+    def try_emulator(self, uuid: str, emulator: Path) -> None:
+        """Has libvirt start ``emulator`` for a domain of the guest's kind, under the user and the
+        security driver that guests have, and ends it again. HypervisorError: libvirt cannot, in its
+        words."""
+
+        def start(connection: Any) -> None:
+            like = ET.fromstring(connection.lookupByUUIDString(uuid).XMLDesc())
+            domain = connection.createXML(_probe(like, _EMULATOR_PROBE, emulator), _THROWN_AWAY)
+            domain.destroy()
+            with suppress(libvirt.libvirtError):  # it is gone
+                while domain.isActive():
+                    time.sleep(_POLL_S)
+
+        with self._probing:
+            try:
+                self._call(f"start {emulator}", start, self._life_ns)
+            except HypervisorError as error:
+                error.remedy = (
+                    f"see that the user of libvirt's QEMUs may run {emulator}, and that AppArmor "
+                    "or SELinux lets libvirt start it there"
+                )
+                raise
 
     def watch(self) -> None:
         """From now on, until the daemon ends, stops and resumes are noted."""
@@ -296,19 +321,23 @@ def _described(xml: str, active: bool) -> dict[str, Any]:
     return {"emulator": domain.findtext("devices/emulator") or "", "problem": problem}
 
 
-def _probe(like: ET.Element) -> str:
-    """The least domain of the same kind."""
+def _probe(like: ET.Element, name: str, emulator: Path | None = None) -> str:
+    """The least domain of the same kind; under another ``emulator`` with its default machine."""
     probe = ET.Element("domain", type=like.get("type", "qemu"))
-    ET.SubElement(probe, "name").text = _PROBE
+    ET.SubElement(probe, "name").text = name
     ET.SubElement(probe, "memory", unit="KiB").text = "1024"
     kind = like.find("os/type")
     if kind is not None:
         kind.tail = None
+        if emulator is not None:
+            kind.attrib.pop("machine", None)
         ET.SubElement(probe, "os").append(kind)
     # Without ACPI libvirt 9.0 says -no-acpi, which QEMU does not know any more since 9.0.
     acpi = like.find("features/acpi")
     if acpi is not None:
         ET.SubElement(ET.SubElement(probe, "features"), "acpi")
     devices = ET.SubElement(probe, "devices")
-    ET.SubElement(devices, "emulator").text = like.findtext("devices/emulator")
+    ET.SubElement(devices, "emulator").text = (
+        str(emulator) if emulator is not None else like.findtext("devices/emulator")
+    )
     return ET.tostring(probe, encoding="unicode")

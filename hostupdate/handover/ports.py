@@ -52,6 +52,10 @@ class Domains(Protocol):
     def hook_is_called(self, uuid: str) -> bool:
         """Whether libvirt asks our hook before it starts a guest like this one."""
 
+    def try_emulator(self, uuid: str, emulator: Path) -> None:
+        """Has libvirt start a QEMU for a domain of the guest's kind, and end it. HypervisorError:
+        it cannot."""
+
     def stopped(self, uuid: str) -> Stamp | None:
         """The STOP event of its last save; None where this process has not seen it."""
 

@@ -153,6 +153,38 @@ def test_a_newer_qemu(
         print(f"\n[{way}, to a newer QEMU and back: blackouts {milliseconds} ms]")
 
 
+def test_what_libvirt_can_start(guest: Parked) -> None:
+    """Also while a guest is parked."""
+    record = guest.park()
+    for emulator in (Path(record.old_emulator), other_emulator(guest)):
+        guest.domains.try_emulator(uuid_of(guest, guest.lab.names[1]), emulator)
+    assert "probe" not in guest.virsh("list", "--all").stdout
+    guest.bring_back(record)
+
+
+@pytest.mark.parametrize("how", ["no qemu", "fails", "fails to start", "closed", "gone"])
+def test_what_libvirt_cannot_start(guest: Parked, how: str) -> None:
+    emulator = guest.base / "cannot-start"
+    emulator.write_text(
+        "#!/bin/sh\necho it is closed to me >&2; exit 1\n"
+        if how == "fails"
+        # As under a security driver, which lets the daemon run it, and no guest.
+        else '#!/bin/sh\ncase "$*" in *probe*) echo closed to me >&2; exit 126 ;; esac\n'
+        'exec /usr/bin/qemu-system-x86_64 "$@"\n'
+    )
+    emulator.chmod(0o644 if how == "closed" else 0o755)
+    if how == "gone":
+        emulator.unlink()
+    tried = Path("/bin/false") if how == "no qemu" else emulator
+    with pytest.raises(HypervisorError, match=f"start {tried}") as caught:
+        guest.domains.try_emulator(guest.uuid, tried)
+    assert str(tried) in caught.value.remedy
+    if how.startswith("fails"):
+        assert "closed to me" in str(caught.value)
+    assert "probe" not in guest.virsh("list", "--all").stdout
+    emulator.unlink(missing_ok=True)
+
+
 def test_an_emulator_that_does_not_take_it(guest: Parked) -> None:
     """The guest stays parked, its image and its RAM as they were."""
     broken = guest.base / "broken-qemu"
