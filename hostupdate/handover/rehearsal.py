@@ -18,12 +18,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from hostupdate.errors import DeadlineError, HypervisorError, PrerequisiteError, RefusedError
-from hostupdate.handover import builds, inquiry
+from hostupdate.errors import (
+    DeadlineError,
+    HypervisorError,
+    ImageError,
+    PrerequisiteError,
+    RefusedError,
+)
+from hostupdate.handover import builds, image, inquiry, stream
 from hostupdate.handover.harmless import harmless
 from hostupdate.handover.inquiry import Command
 from hostupdate.handover.throwaway import Throwaway
@@ -41,7 +48,8 @@ _STATE_BYTES = 256 << 20
 
 
 class Rehearsed(msgspec.Struct, frozen=True, kw_only=True):
-    """``reason`` holds the new QEMU's own words where it does not take the guest, else is empty.
+    """``reason`` holds the new QEMU's own words where it does not take the guest, or why what was
+    saved of it cannot be made loadable (``image``, ``stream``), else is empty.
 
     ``paused_ns`` (CLOCK_MONOTONIC) is at most that long: from before the guest was told to stop
     until after it was told to run. None: it was not paused.
@@ -80,20 +88,22 @@ def rehearse(
         raise RefusedError(
             ["its RAM is not in shared files"], remedy="hostupdate guests shows what to change"
         )
+    read_only_ram = _opens_read_only(program)
     arguments = harmless(
         command_line,
         {backend.id: backend.path for backend in backends},
         inquiry.disks(command),
-        read_only_ram=_opens_read_only(program),
+        read_only_ram=read_only_ram,
     )
     try:
-        with Throwaway(program, arguments, scratch, load_ns) as throwaway:
-            paused_ns, reason = _with_guest_stopped(command, throwaway.load, pause_ns, mark)
+        with Throwaway(program, arguments, scratch, load_ns, writes=not read_only_ram) as throwaway:
+            tried = _with_guest_stopped(command, throwaway.load, pause_ns, mark)
     except _GuestProblem as problem:
         raise problem.error from problem
     except (HypervisorError, DeadlineError) as error:
         return Rehearsed(ok=False, reason=str(error), paused_ns=None, new_version=version)
-    return Rehearsed(ok=not reason, reason=reason, paused_ns=paused_ns, new_version=version)
+    reason = tried.reason or _our_objection(tried.state)
+    return Rehearsed(ok=not reason, reason=reason, paused_ns=tried.paused_ns, new_version=version)
 
 
 def recover(command: Command) -> None:
@@ -116,14 +126,34 @@ class _GuestProblem(Exception):
         self.error = error
 
 
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """How long the guest was stopped, what was saved of it, and why that was not loaded; empty: it
+    was."""
+
+    paused_ns: int
+    state: bytes
+    reason: str
+
+
+def _our_objection(state: bytes) -> str:
+    """What would come up once the guest is parked."""
+    if len(state) > image.SIZE_MAX_BYTES:
+        return f"its state has {len(state)} bytes, at most {image.SIZE_MAX_BYTES} are handed over"
+    try:
+        stream.strip(state, "its state")
+    except ImageError as error:
+        return str(error)
+    return ""
+
+
 #: Loads a state until an instant of CLOCK_MONOTONIC, ns.
 _Load = Callable[[bytes, int], None]
 
 
 def _with_guest_stopped(
     command: Command, load: _Load, pause_ns: int, mark: Callable[[bool], None]
-) -> tuple[int, str]:
-    """How long the guest was stopped, and why its state was not loaded; empty: it was."""
+) -> _Tried:
     try:
         if not command("query-status", {})["running"]:
             raise RefusedError(["it does not run"], remedy="resume it, or shut it down")
@@ -138,7 +168,7 @@ def _with_guest_stopped(
         raise _GuestProblem(error) from error
 
 
-def _stop_and_load(command: Command, load: _Load, pause_ns: int) -> tuple[int, str]:
+def _stop_and_load(command: Command, load: _Load, pause_ns: int) -> _Tried:
     read, write = os.pipe()
     try:
         command("getfd", {"fdname": _FD_NAME}, fd=write)
@@ -160,7 +190,7 @@ def _stop_and_load(command: Command, load: _Load, pause_ns: int) -> tuple[int, s
         except (HypervisorError, DeadlineError) as error:
             reason = str(error)
         command("cont", {})
-        return time.monotonic_ns() - before_ns, reason
+        return _Tried(time.monotonic_ns() - before_ns, state, reason)
     except (HypervisorError, DeadlineError):
         reader.stop()
         _settle(command)

@@ -2,7 +2,8 @@
 
 It dies with us (PR_SET_PDEATHSIG), has a network of its own with nothing in it, low priority while
 the guest runs, no path of the guest but its RAM file and what it boots from, and is spoken to
-through a descriptor.
+through a descriptor. What it loads a guest may have made up: of root it has the files (so that it
+can open /dev/kvm), but no capability beyond those that opening its own takes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ from hostupdate.errors import DeadlineError, HypervisorError, PrerequisiteError
 T = TypeVar("T")
 
 _AROUND = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "nice", "-n", "19")
+_BOUND = ("setpriv", "--no-new-privs", "--inh-caps", "-all", "--ambient-caps", "-all")
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _POLL_S = 0.002
 _LAST_WORDS_S = 0.5
@@ -46,14 +49,22 @@ class Throwaway:
     """A context: on leaving it the QEMU is gone and its directory removed, whatever happened.
 
     It is ready to load when entered. Raises HypervisorError with QEMU's own words where it fails
-    or ends, and DeadlineError ``timeout_ns`` after the start.
+    or ends, and DeadlineError ``timeout_ns`` after the start. ``writes``: it opens files of others
+    for writing, be it to change nothing.
     """
 
     def __init__(
-        self, program: Path, arguments: Sequence[str], scratch: Path, timeout_ns: int
+        self,
+        program: Path,
+        arguments: Sequence[str],
+        scratch: Path,
+        timeout_ns: int,
+        *,
+        writes: bool,
     ) -> None:
         self._program = program
         self._arguments = arguments
+        self._bound = (*_BOUND, "--bounding-set", _capabilities(arguments, writes))
         self._timeout_ns = timeout_ns
         self._deadline_ns = time.monotonic_ns() + timeout_ns
         self._directory = Path(tempfile.mkdtemp(prefix="rehearsal-", dir=scratch))  # 0700
@@ -102,7 +113,7 @@ class Throwaway:
             monitor = f"socket,id=hostupdate,fd={theirs.fileno()}"
             self._process = subprocess.Popen(
                 [
-                    *(*_AROUND, str(self._program), *self._arguments),
+                    *(*_AROUND, *self._bound, str(self._program), *self._arguments),
                     *("-S", "-sandbox", _SANDBOX),
                     *("-incoming", "defer", "-name", "rehearsal", "-chardev", monitor),
                     *("-mon", "chardev=hostupdate,mode=control"),
@@ -178,3 +189,14 @@ class Throwaway:
                 with suppress(OSError):
                     os.close(fd)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _capabilities(arguments: Sequence[str], writes: bool) -> str:
+    """What it may do that others may not: open its files, and make a tap in its network."""
+    given = ["-all", "+dac_read_search"]
+    if writes:
+        given.append("+dac_override")
+    pairs = pairwise(arguments)
+    if any(option == "-netdev" and re.match(r'tap,|.*"type":"tap"', v) for option, v in pairs):
+        given.append("+net_admin")
+    return ",".join(given)

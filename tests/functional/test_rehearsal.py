@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -107,6 +108,41 @@ def test_ram_is_the_same_before_and_after(
         assert ram.stat().st_size == RAM_BYTES
 
 
+@pytest.mark.parametrize("tap", [True, False])
+def test_of_root_it_has_what_its_files_take(
+    ram: Path,
+    tmp_path: Path,
+    old_qemu: Build,
+    newer_qemu: Build,
+    monkeypatch: pytest.MonkeyPatch,
+    tap: bool,
+) -> None:
+    """Its RAM is another user's, as a libvirt guest's is."""
+    found = []
+    load = Throwaway.load
+
+    def looked_at(self: Throwaway, state: bytes, deadline_ns: int) -> None:
+        (qemu,) = (c for c in psutil.Process().children(True) if "rehearsal" in c.cmdline())
+        status = Path(f"/proc/{qemu.pid}/status").read_text()
+        found.append(
+            {int(text, 16) for text in re.findall(r"^Cap(?:Prm|Eff|Bnd):\s+(\S+)", status, re.M)}
+        )
+        assert not any(int(x, 16) for x in re.findall(r"^Cap(?:Inh|Amb):\s+(\S+)", status, re.M))
+        assert "NoNewPrivs:\t1" in status
+        load(self, state, deadline_ns)
+
+    monkeypatch.setattr(Throwaway, "load", looked_at)
+    more = devices(tmp_path) if tap else []
+    with BareGuest(old_qemu.wrapper, [*machine(ram), *more]) as guest:
+        os.chown(ram, 65534, 65534)
+        ram.chmod(0o600)
+        for build in (old_qemu, newer_qemu):
+            told = rehearse(guest, build, tmp_path)
+            assert told.ok, told.reason
+    read, override, net_admin = 1 << 2, 1 << 1, tap << 12
+    assert found == [{read | override | net_admin}, {read | net_admin}]
+
+
 def test_an_older_qemu_does_not_know_the_machine(
     ram: Path, tmp_path: Path, old_qemu: Build, newer_qemu: Build
 ) -> None:
@@ -143,6 +179,18 @@ def test_what_a_qemu_does_not_take_is_told_in_its_words(
         assert "qemu-system" not in told.reason
         assert (told.paused_ns is not None) == paused
         assert guest.running
+
+
+def test_a_state_that_we_could_not_rewrite_is_found(
+    ram: Path, tmp_path: Path, old_qemu: Build
+) -> None:
+    """QEMU takes it; a stream whose end cannot be told from a truncated one is not handed over."""
+    words = [w + ",suppress-vmdesc=on" if w.startswith("pc-q35") else w for w in machine(ram)]
+    assert words != machine(ram)
+    with BareGuest(old_qemu.wrapper, words) as guest:
+        told = rehearse(guest, old_qemu, tmp_path)
+        assert not told.ok and "suppress-vmdesc" in told.reason
+        assert told.paused_ns is not None and guest.running
 
 
 def test_what_cannot_be_made_harmless_is_refused_before_the_guest_is_paused(
