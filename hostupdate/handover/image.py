@@ -34,9 +34,10 @@ from pathlib import Path
 from typing import NoReturn
 from uuid import UUID
 
-from hostupdate.errors import ImageError
+from hostupdate.errors import DeadlineError, ImageError, PrerequisiteError
 from hostupdate.handover import domain
 from hostupdate.handover.stream import REMEDY, RamBlock, Stripped, strip
+from hostupdate.handover.unpacking import unpacked
 
 _HEADER = struct.Struct("<16s5I56s")
 _MAGIC, _PARTIAL = b"LibvirtQemudSave", b"LibvirtQemudPart"
@@ -47,6 +48,7 @@ _PADDING_BYTES = 64 << 10
 
 RAW, GZIP = 0, 1
 _FORMATS = ("raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse")
+_SPARSE = 6
 
 #: The image of a handover has device state, ROMs and video memory; one with a guest's RAM is larger
 #: than this.
@@ -59,7 +61,8 @@ _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 @dataclass(frozen=True, kw_only=True)
 class SaveImage:
-    """A save image in memory. ``content`` is the whole file; ``format`` is ``RAW`` or ``GZIP``.
+    """A save image in memory. ``content`` is the whole file; ``format`` is ``RAW``, ``GZIP``, or
+    another that libvirt packs a stream with.
 
     ``stream_offset_bytes`` is where the migration stream begins, ``stream_bytes`` how long it is
     in the file (compressed, if so).
@@ -90,8 +93,8 @@ class SaveImage:
     def stripped(self) -> Stripped:
         """The stream as a QEMU without ``x-ignore-shared`` takes it. Raises ``ImageError``."""
         payload = self.content[self.stream_offset_bytes :]
-        if self.format == GZIP:
-            payload = _gunzip(payload, str(self.path), self.stream_offset_bytes)
+        if self.format != RAW:
+            payload = _unpack(payload, self.format, str(self.path), self.stream_offset_bytes)
         return strip(payload, str(self.path))
 
     @cached_property
@@ -120,7 +123,7 @@ def read_image(path: Path) -> SaveImage:
     """The save image at ``path``, whole and understood up to its migration stream.
 
     Raises ``ImageError``: no regular file, not readable, incomplete, not of this byte order,
-    version or size, compressed by something else than gzip, or with anything unknown in it.
+    version or size, not one stream, packed or not, or with anything unknown in it.
     """
     return parse(path, read(path))
 
@@ -277,10 +280,10 @@ def parse(path: Path, content: bytes) -> SaveImage:
         refuse("version", 16, f"{version}, expected {_VERSION}{swapped}")
     if running > 1:
         refuse("was_running", 24, f"{running}, expected 0 or 1")
-    if stored not in (RAW, GZIP):
+    if stored >= _SPARSE:
         name = _FORMATS[stored] if stored < len(_FORMATS) else "unknown"
         remedy = f'{REMEDY}; later ones: save_image_format = "raw" in qemu.conf'
-        refuse("format", 28, f"{stored} ({name}), expected raw or gzip", remedy)
+        refuse("format", 28, f"{stored} ({name}), expected raw or packed as a whole", remedy)
     if unused != _UNUSED:
         refuse("header", 36, "a field that we do not know is in use")
     left = len(content) - _HEADER.size
@@ -315,24 +318,37 @@ def parse(path: Path, content: bytes) -> SaveImage:
     )
 
 
-def _gunzip(payload: bytes, source: str, offset: int) -> bytes:
-    press = zlib.decompressobj(_GZIP_WINDOW)
-    problem = ""
-    stream = b""
-    try:
-        stream = press.decompress(payload, SIZE_MAX_BYTES + 1)
-    except zlib.error as error:
-        problem = f"not gzip: {error}"
+def _unpack(payload: bytes, stored: int, source: str, offset: int) -> bytes:
+    if stored == GZIP:
+        stream, problem = _gunzip(payload)
     else:
-        if len(stream) > SIZE_MAX_BYTES:
-            problem = f"more than {SIZE_MAX_BYTES} bytes: the guest's RAM is in it"
-        elif not press.eof:
-            problem = "the gzipped stream is truncated"
-        elif press.unused_data:
-            problem = f"{len(press.unused_data)} bytes after the end of the gzipped stream"
+        stream, problem = _unpack_by_program(_FORMATS[stored], payload)
+    if len(stream) > SIZE_MAX_BYTES:
+        problem = f"more than {SIZE_MAX_BYTES} bytes: the guest's RAM is in it"
     if problem:
         raise ImageError(source, "stream", offset, problem, remedy=REMEDY)
     return stream
+
+
+def _gunzip(payload: bytes) -> tuple[bytes, str]:
+    press = zlib.decompressobj(_GZIP_WINDOW)
+    try:
+        stream = press.decompress(payload, SIZE_MAX_BYTES + 1)
+    except zlib.error as error:
+        return b"", f"not gzip: {error}"
+    if not press.eof:
+        return stream, "the gzipped stream is truncated"
+    if press.unused_data:
+        return stream, f"{len(press.unused_data)} bytes after the end of the gzipped stream"
+    return stream, ""
+
+
+def _unpack_by_program(program: str, payload: bytes) -> tuple[bytes, str]:
+    try:
+        stream = unpacked(program, payload, SIZE_MAX_BYTES)
+    except (PrerequisiteError, DeadlineError) as error:
+        return b"", f"cannot be unpacked: {error}{error.remedy and '; '}{error.remedy}"
+    return (stream, "") if stream is not None else (b"", f"{program} cannot unpack it")
 
 
 def _place(path: Path, content: bytes, *, like: Path | None, keep: Path | None) -> None:

@@ -20,7 +20,7 @@ from libvirt_qemu import qemuMonitorEventRegister
 from hostupdate.errors import GuestError, HypervisorError
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.parking import Parking
-from hostupdate.handover import builds, ram_store
+from hostupdate.handover import builds, image, ram_store
 from hostupdate.handover.builds import Build
 from hostupdate.handover.recovery import Recovered, discard, recover
 from hostupdate.handover.ways import WAYS
@@ -471,6 +471,25 @@ def test_a_guest_without_a_definition(guest: Parked) -> None:
     assert guest.domains.facts(guest.uuid) is None
     guest.bring_back(record)
     guest.owner().define(record_path(guest.lab.root, guest.name).read_text())
+
+
+@pytest.mark.parametrize("packer", ["bzip2", "xz"])
+def test_a_daemon_that_packs_what_it_saves(guest: Parked, packer: str) -> None:
+    if shutil.which(packer) is None:
+        pytest.skip(f"no {packer}: libvirt would not pack")
+    conf = guest.base / "etc/qemu.conf"
+    text = conf.read_text()
+    conf.write_text(f'{text}save_image_format = "{packer}"\n')
+    guest.daemon.end()
+    guest.daemon.ensure()
+    try:
+        record = guest.park()
+        assert image.read_image(Path(record.image)).format > image.GZIP
+        guest.bring_back(record)
+    finally:
+        conf.write_text(text)
+        guest.daemon.end()
+        guest.daemon.ensure()
 
 
 def test_a_daemon_that_calls_no_hook_parks_nothing(guest: Parked) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
 
@@ -13,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostupdate.errors import ImageError
-from hostupdate.handover import image
+from hostupdate.handover import image, unpacking
 from hostupdate.handover.stream import strip
 from tests.unit.golden import golden
 
@@ -37,7 +40,11 @@ def field(offset: int, value: int, content: bytes = SAVE) -> bytes:
 
 
 def gzip_of(content: bytes) -> bytes:
-    return field(28, 1)[: 92 + DATA] + gzip.compress(content)
+    return packed(1, gzip.compress(content))
+
+
+def packed(stored: int, content: bytes) -> bytes:
+    return field(28, stored)[: 92 + DATA] + content
 
 
 def test_what_libvirt_wrote_is_read(saved: Path) -> None:
@@ -190,7 +197,7 @@ def test_a_disk_that_is_full_leaves_the_image(saved: Path, monkeypatch: pytest.M
         (field(20, len(SAVE)), "data_len", "follow the header"),
         (field(20, 0xFFFFFFFF), "data_len", "follow the header"),
         (field(24, 2), "was_running", "expected 0 or 1"),
-        (field(28, 3), "format", r"3 \(xz\), expected raw or gzip"),
+        (field(28, 3), "stream", "xz cannot unpack it"),
         (field(28, 6), "format", r"6 \(sparse\)"),
         (field(28, 77), "format", r"77 \(unknown\)"),
         (field(32, DATA), "cookieOffset", "expected"),
@@ -205,6 +212,9 @@ def test_a_disk_that_is_full_leaves_the_image(saved: Path, monkeypatch: pytest.M
         (field(28, 1), "stream", "not gzip"),
         (gzip_of(STREAM)[:-1], "stream", "truncated"),
         (gzip_of(STREAM) + b"\0", "stream", "1 bytes after the end"),
+        (packed(3, lzma.compress(STREAM)[:-1]), "stream", "xz cannot unpack it"),
+        (packed(3, lzma.compress(STREAM) + b"x"), "stream", "xz cannot unpack it"),
+        (packed(3, lzma.compress(bytes(image.SIZE_MAX_BYTES + 1))), "stream", "RAM is in it"),
         (gzip_of(STREAM[:-1]), "end of the stream", "truncated"),
         (gzip_of(bytes(image.SIZE_MAX_BYTES + 1)), "stream", "the guest's RAM is in it"),
         (field(28, 0, gzip_of(STREAM)), "header", "QEMU's magic expected"),
@@ -243,6 +253,37 @@ def test_a_gzipped_image_of_libvirts_own_is_stripped_too(saved: Path) -> None:
     saved.write_bytes(gzip_of(STREAM))
     assert image.rewrite(saved).removed_bytes > 0
     assert image.read_image(saved).stripped.removed_bytes == 0
+
+
+@pytest.mark.parametrize(("stored", "press"), [(2, bz2.compress), (3, lzma.compress)])
+def test_an_image_that_a_program_packed_is_unpacked(
+    saved: Path, stored: int, press: Callable[[bytes], bytes]
+) -> None:
+    """As ``save_image_format`` of qemu.conf may have it."""
+    wanted = image.read_image(saved).stripped.stream
+    saved.write_bytes(packed(stored, press(STREAM)))
+    assert image.read_image(saved).stripped.stream == wanted
+    assert image.rewrite(saved).changed
+    found = image.read_image(saved)
+    assert found.format == image.GZIP and found.stripped.stream == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [(None, "install xz"), ("exec sleep 1000", "no answer within")]
+)
+def test_a_program_that_does_not_unpack(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, problem: str
+) -> None:
+    program = tmp_path / "bin/xz"
+    program.parent.mkdir()
+    if text:
+        program.write_text(f"#!/bin/sh\nPATH=/bin:/usr/bin\n{text}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.setattr(unpacking, "_UNPACK_NS", 200_000_000)
+    saved.write_bytes(packed(3, lzma.compress(STREAM)))
+    with pytest.raises(ImageError, match=problem):
+        _ = image.read_image(saved).stripped
 
 
 def test_an_image_is_of_its_guest_and_of_its_ram(saved: Path) -> None:
