@@ -269,16 +269,20 @@ class Saving:
             ) from error  # fmt: skip
 
     def _forget_save(self, record: ParkedRecord) -> None:
-        """libvirt knows of none any more. No error where the file is gone, or another's: the owner
-        may have saved the guest since."""
-        if record.image_sha256 and not parked_image.is_saved(record, Path(record.guard)):
-            return
-        if record.persistent:
+        """libvirt knows of none any more. No error where the file is gone, or the owner's."""
+        if record.persistent and not self._is_saved_since(record):
             try:
                 self._host.domains.forget_save(record.uuid)
             except HypervisorError:
                 if Path(record.guard).exists():
                     raise
+
+    def _is_saved_since(self, record: ParkedRecord) -> bool:
+        """By its owner: another image, of a guest that has no QEMU, or is about to have none."""
+        if record.image_sha256 is None or parked_image.is_saved(record, Path(record.guard)):
+            return False
+        facts = self._host.domains.facts(record.uuid)
+        return facts is None or not facts.active or facts.busy
 
     def facts(self, uuid: str) -> DomainFacts:
         """GuestError: libvirt knows no such guest."""
