@@ -9,7 +9,8 @@
                                            without a number that is the first
 
 Places in the engine are ``KIND.begin`` and ``KIND.end`` for each kind of action (``step:NAME`` for
-steps), in the recovery ``resume.WHAT``. The C core has its own, compiled in only where
+steps), ``rehearse.stopped`` while a guest is, and ``park.parked`` once one is, in the recovery
+``resume.WHAT``. The C core has its own, compiled in only where
 HOSTUPDATE_FAULTS was set when it was built (csrc/fault.h).
 """
 

@@ -274,7 +274,8 @@ def _handover(
 
     program = manifest.qemu.program if manifest.qemu is not None else ""
     host = parking_host(settings, config, hypervisor, run_id)
-    return HandoverHand(host, config, hypervisor, program, verify_ram)
+    together = bool(manifest.steps_in(Phase.BLACKOUT))
+    return HandoverHand(host, config, hypervisor, program, verify_ram, outlive=not together)
 
 
 def _asked(manifest: Manifest, guests: list[LocatedGuest]) -> list[str]:

@@ -75,13 +75,21 @@ def find_pid(uuid: str) -> int | None:
 
 class HandoverHand:
     """Fits the engine's HandoverPort. ``program``: the QEMU that guests come under; empty: the one
-    that each guest's definition names."""
+    that each guest's definition names. ``outlive`` as :class:`Saving` has it."""
 
     def __init__(
-        self, host: Host, config: Config, hypervisor: Hypervisor, program: str, verify_ram: str
+        self,
+        host: Host,
+        config: Config,
+        hypervisor: Hypervisor,
+        program: str,
+        verify_ram: str,
+        *,
+        outlive: bool,
     ) -> None:
         self._host = host
-        self._way = Saving(host) if config.handover.way == "save" else OwnSaving(host)
+        kind = Saving if config.handover.way == "save" else OwnSaving
+        self._way = kind(host, outlive=outlive)
         self._hypervisor = hypervisor
         self._timeout_ns = config.deadlines.libvirt_ns
         self._program = program
@@ -110,6 +118,7 @@ class HandoverHand:
                 [f"{closed} is closed to others: a guest's QEMU could not be run from {into}"],
                 remedy=f"chmod o+x {closed}, or set [paths] builds",
             )
+        self._host.domains.try_emulator(uuid, build.wrapper)
         return build
 
     def drop_kept(self) -> None:

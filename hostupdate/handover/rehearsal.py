@@ -23,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 
+from hostupdate import faults
 from hostupdate.errors import (
     DeadlineError,
     HypervisorError,
@@ -182,6 +183,7 @@ def _stop_and_load(command: Command, load: _Load, pause_ns: int) -> _Tried:
     before_ns = time.monotonic_ns()
     try:
         command("stop", {})
+        faults.point("rehearse.stopped")
         command("migrate", {"uri": f"fd:{_FD_NAME}"})
         _wait(command, before_ns + pause_ns, pause_ns)
         state = reader.result()
