@@ -394,7 +394,8 @@ def _recovered(host: Host, config: Config, record: ParkedRecord, committed: bool
             break
         again = msgspec.structs.replace(again, old_emulator=origin)
         try:
-            found = _recover(host, again, emulator, stay=committed or not changed)
+            stay = committed or not changed or emulator != origin
+            found = _recover(host, again, emulator, stay=stay)
         except GuestError as error:
             first = first or error
             continue

@@ -75,7 +75,7 @@ def recover(
         )
     else:
         if facts.active:
-            host.domains.destroy(record.uuid)
+            way.leave(record)
         record = way.unpark(record, emulator)
     way.finish(way.commit(record))
     return Recovered.UNPARKED

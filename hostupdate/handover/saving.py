@@ -187,8 +187,17 @@ class Saving:
         if _is_let_run(facts):
             raise GuestError(record.name, "somebody has let it run under its new QEMU: no way back")
         if facts.active:
-            self._host.domains.destroy(record.uuid)
+            self.leave(record)
         return self.unpark(record, record.old_emulator)
+
+    def leave(self, record: ParkedRecord) -> None:
+        """Ends the QEMU that a guest is paused under. GuestError: nothing was done, since the guest
+        could not be unparked any more."""
+        problem = ram_store.problem_of(record)
+        if problem:
+            raise GuestError(record.name, f"{problem}; it stays paused under its new QEMU")
+        parked_image.intact(record)
+        self._host.domains.destroy(record.uuid)
 
     def commit(self, record: ParkedRecord) -> ParkedRecord:
         """Lets the guest run, if it did before. No way back from here. Safe to repeat.

@@ -114,18 +114,6 @@ static void process_forget(void)
 	close(process.file);
 }
 
-static int open_files(void)
-{
-	DIR *directory = opendir("/proc/self/fd");
-	int count = 0;
-
-	CHECK(directory);
-	while (readdir(directory))
-		count++;
-	closedir(directory);
-	return count;
-}
-
 static void test_outlives(void)
 {
 	process_start();
@@ -226,14 +214,14 @@ static void test_not_ours(void)
 			(struct injection){ .error = (number), .skip = (after), .times = 1 }; \
 		CHECK_INT(hu_address_space_hold(process.pid, TIMEOUT_NS), (wanted));          \
 		inject_##name = (struct injection){ 0 };                                      \
-		CHECK_INT(open_files(), files);                                               \
+		CHECK_INT(count_fds(), files);                                                \
 	} while (0)
 
 static void test_errors(void)
 {
 	process_start();
 
-	const int files = open_files();
+	const int files = count_fds();
 
 	CHECK_INJECTED(mmap, ENOMEM, 0, -ENOMEM);
 	CHECK_INJECTED(pthread_create, EAGAIN, 0, -EAGAIN);

@@ -127,6 +127,24 @@ def test_the_old_emulator_again(guest: Parked) -> None:
     guest.way.finish(record)
 
 
+@pytest.mark.parametrize("spoil", ["images", "ram"])
+def test_a_guest_that_could_not_come_back_is_left_where_it_is(guest: Parked, spoil: str) -> None:
+    """Its new QEMU is all that it has."""
+    record = guest.way.unpark(guest.park(), None)
+    paths = [Path(record.image), Path(record.guard)] if spoil == "images" else []
+    paths += [Path(record.ram[0].link)] if spoil == "ram" else []
+    for path in paths:
+        path.rename(f"{path}.aside")
+    pid = guest.host.find_pid(guest.uuid)
+    with pytest.raises(GuestError):
+        guest.way.rollback(record)
+    assert guest.host.find_pid(guest.uuid) == pid is not None
+    for path in paths:
+        Path(f"{path}.aside").rename(path)
+    guest.way.finish(guest.way.commit(guest.way.rollback(record)))
+    guest.lab.assert_healthy()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_newer_qemu(
     guest: Parked, newer_qemu: Build, capsys: pytest.CaptureFixture[str], way: str
