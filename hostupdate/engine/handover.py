@@ -24,9 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from hostupdate import faults
-from hostupdate.engine.ports import HandoverPort, Hands, KeeperPort
+from hostupdate.engine.ports import HandoverPort, Hands
+from hostupdate.engine.watch import Watch
 from hostupdate.errors import (
-    CoreError,
     DeadlineError,
     GuestError,
     HostUpdateError,
@@ -75,10 +75,7 @@ class Handover:
         self._problems: dict[str, str] = {}
         self._gone_on: set[str] = set()
         self._patience_end_ns: int | None = None
-        self._keeper: KeeperPort | None = None
-        self._armed = False
-        self._deadline_ns = 0
-        self.keeper_problem = ""
+        self.watch = Watch(hands.core, "the budget was over before a guest ran again")
         self.began = False  #: some guest may have been parked
         self.committed = False  #: some guest was let run under its new QEMU
         self.touched: set[str] = set()  #: guests that were stopped, for a rehearsal or in earnest
@@ -112,12 +109,12 @@ class Handover:
         name = self._names[uuid]
 
         def mark(on: bool) -> None:
+            if not on:
+                self.disarm()
             journal.pend(msgspec.structs.replace(journal.pending, rehearsing=uuid if on else ""))
             if on:
                 self.touched.add(uuid)
-                self._arm()
-            else:
-                self.disarm()
+                self.watch.arm(self._plan.budget_ns)
 
         try:
             problem, paused_ns, version = self._port.rehearse(uuid, mark)
@@ -138,23 +135,24 @@ class Handover:
         while True:
             try:
                 self._port.end_rehearsal(uuid)
-                journal.pend(msgspec.structs.replace(journal.pending, rehearsing=""))
-                self._problems.pop(uuid, None)
                 break
             except HostUpdateError as error:
                 self._problems[uuid] = f"its rehearsal has stopped it: {error}; {_RESUME}"
                 if not self._patient():
-                    break
+                    self.disarm()
+                    return
+        self._problems.pop(uuid, None)
         self.disarm()
+        journal.pend(msgspec.structs.replace(journal.pending, rehearsing=""))
 
     def prepare(self, _action: Action) -> None:
         """RAM files get their second name, and recovery gets its records."""
         for uuid in self._names:
             self._records[uuid] = self._port.prepare(uuid)
 
-    def watch(self, _action: Action) -> None:
+    def begin_watch(self, _action: Action) -> None:
         """Starts the keeper: it has nothing to thaw, but a recovery to run."""
-        self._keeper = self._hands.core.start_keeper(self._hands.core.open_guests([]), [])
+        self.watch.start(self._hands.core.open_guests([]), [])
 
     # ---- blackout
 
@@ -163,7 +161,7 @@ class Handover:
         if self._given_up:
             return
         self.began = True
-        self._arm()
+        self.watch.arm(self._plan.budget_ns)
         self._each(action, self._park)
 
     def _park(self, uuid: str) -> None:
@@ -358,31 +356,12 @@ class Handover:
     @property
     def steps_end_ns(self) -> int:
         """By when steps must have ended, so that guests run again before the keeper is woken."""
-        return self._deadline_ns - handover_ns(len(self._names), self._workers)
-
-    @property
-    def wake_fds(self) -> list[int]:
-        """Readable once the keeper has fired or died."""
-        return [self._keeper.fileno()] if self._keeper is not None and self._armed else []
-
-    def _arm(self) -> None:
-        if self._keeper is not None and not self._armed:
-            self._deadline_ns = time.monotonic_ns() + self._plan.budget_ns
-            self._keeper.arm(self._deadline_ns)
-            self._armed = True
+        return self.watch.deadline_ns - handover_ns(len(self._names), self._workers)
 
     def disarm(self) -> None:
         """No guest is parked, or none that could be helped by the keeper."""
-        if self._keeper is None or not self._armed:
-            return
-        if self.dark:
-            return
-        self._armed = False
-        try:
-            if self._keeper.disarm():
-                self.keeper_problem = "the budget was over before a guest ran again"
-        except CoreError as error:
-            self.keeper_problem = f"the keeper did not answer at the end of a blackout: {error}"
+        if not self.dark:
+            self.watch.disarm()
 
     @property
     def dark(self) -> bool:
@@ -392,12 +371,8 @@ class Handover:
     def end_watch(self, _action: Action | None = None) -> None:
         """Ends the keeper. Safe to repeat."""
         self.disarm()
-        keeper, self._keeper = self._keeper, None
-        if keeper is not None:
-            try:
-                keeper.stop()
-            except CoreError as error:
-                self.keeper_problem = self.keeper_problem or f"the keeper is gone: {error}"
+        self.watch.end()
+        if self._names:
             self._hands.core.close()
 
 

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from hostupdate.config import Config
-from hostupdate.engine.ports import Hands, KeeperPort, PausedSet
+from hostupdate.engine.ports import Hands, PausedSet
+from hostupdate.engine.watch import Watch
 from hostupdate.errors import CoreError, GuestError, HostUpdateError, StopError
 from hostupdate.model import Action, FreezeBy, GuestReport, PauseMethod, Plan
 from hostupdate.prediction import RESERVE_NS
@@ -40,15 +41,12 @@ class Pause:
         self._guests = plan.paused
         self._names = [(guest.uuid, guest.name) for guest in self._guests]
         self._set: PausedSet | None = None
-        self._keeper: KeeperPort | None = None
+        self.watch = Watch(hands.core, "the budget was over: the keeper let the guests run")
         self._frozen = False
         self._stopped: list[tuple[str, str]] = []  #: uuid and name of those libvirt must resume
         self.began = False  #: some guest may have been paused in this run
-        self._armed = False
         self._problems: dict[str, str] = {}
         self._unresumed: set[str] = set()
-        self.keeper_problem = ""  #: what the keeper had to do, or that it is gone
-        self.deadline_ns = 0  #: the keeper's, CLOCK_MONOTONIC; 0 until armed
         self._start_ns = 0
         self.spread_ns: int | None = None
         self.stop_all_ns: int | None = None
@@ -58,22 +56,7 @@ class Pause:
     def steps_end_ns(self) -> int:
         """When the last blackout step must have ended so that guests run within the budget."""
         assert self._plan.method is not None
-        return self.deadline_ns - RESERVE_NS[self._plan.method]
-
-    @property
-    def wake_fds(self) -> list[int]:
-        """Readable when the keeper has fired or died."""
-        return [self._keeper.fileno()] if self._keeper is not None else []
-
-    @property
-    def locked_bytes(self) -> int:
-        """Guest RAM that the keeper has locked."""
-        return self._keeper.locked_bytes if self._keeper is not None else 0
-
-    @property
-    def lock_errno(self) -> int:
-        """0, or why some of the guests' RAM is not locked."""
-        return self._keeper.lock_errno if self._keeper is not None else 0
+        return self.watch.deadline_ns - RESERVE_NS[self._plan.method]
 
     def keep(self, _action: Action, ram_fds: Sequence[int]) -> None:
         """Opens everything that pausing needs and starts the keeper, not armed."""
@@ -89,14 +72,11 @@ class Pause:
         if self._plan.method is PauseMethod.STOP:
             self._hands.hypervisor.prepare([uuid for uuid, _ in self._names])
         self._set = self._hands.core.open_guests(members)
-        self._keeper = self._hands.core.start_keeper(self._set, ram_fds)
+        self.watch.start(self._set, ram_fds)
 
     def arm(self, _action: Action) -> None:
         """Starts the budget's clock."""
-        assert self._keeper is not None
-        self.deadline_ns = time.monotonic_ns() + self._plan.budget_ns
-        self._keeper.arm(self.deadline_ns)
-        self._armed = True
+        self.watch.arm(self._plan.budget_ns)
 
     def stop(self, _action: Action) -> None:
         """Stops the guests through libvirt. StopError: none of them is stopped, but one that did
@@ -230,30 +210,14 @@ class Pause:
         """Names of guests that live, are paused, and that nobody could be reached to resume."""
         return [name for uuid, name in self._names if uuid in self._unresumed and self._lives(uuid)]
 
-    def alarmed(self) -> bool:
-        """The keeper has fired or is gone."""
-        return self._keeper is not None and self._keeper.alarmed()
-
     def disarm(self, _action: Action | None = None) -> None:
-        """Tells the keeper that the guests run, which they do."""
-        if self._keeper is None or not self._armed:
-            return
-        self._armed = False
-        try:
-            if self._keeper.disarm():
-                self.keeper_problem = "the budget was over: the keeper let the guests run"
-        except CoreError as error:
-            self.keeper_problem = f"the keeper did not answer at the end of the blackout: {error}"
+        """The guests run."""
+        self.watch.disarm()
 
     def release(self, _action: Action | None = None) -> None:
         """Ends the keeper and closes the guests' files. Safe to repeat."""
-        self.disarm()
-        keeper, self._keeper = self._keeper, None
-        if keeper is not None:
-            try:
-                keeper.stop()
-            except CoreError as error:
-                self.keeper_problem = self.keeper_problem or f"the keeper is gone: {error}"
+        self.watch.disarm()
+        self.watch.end()
         self._hands.core.close()
 
     def failed_guest(self) -> GuestError | None:

@@ -82,7 +82,7 @@ class Run:
             "warm": (handover.warm, None),
             "rehearse": (handover.rehearse, None),
             "prepare": (handover.prepare, lambda _: handover.abort()),
-            "watch": (handover.watch, handover.end_watch),
+            "watch": (handover.begin_watch, handover.end_watch),
             "park": (handover.park, None),
             "unpark": (handover.unpark, None),
             "commit": (self._commit_guest, None),
@@ -232,20 +232,20 @@ class Run:
             for fd in fds:
                 os.close(fd)
         if fds:
-            self._report.locked_bytes = self._pause.locked_bytes
-        if self._pause.lock_errno:
-            why = os.strerror(self._pause.lock_errno)
+            self._report.locked_bytes = self._pause.watch.locked_bytes
+        if self._pause.watch.lock_errno:
+            why = os.strerror(self._pause.watch.lock_errno)
             self._outcomes.degrade(f"not all of the guests' RAM could be locked: {why}")
 
     def _compare(self, _action: Action) -> None:
         self._residency.compare()
-        if self._pause.alarmed():
+        if self._pause.watch.alarmed():
             self._residency.disown("the keeper had let the guests run before the second digest")
 
     def _correct(self, _action: Action) -> None:
         # With links held, the keeper is armed until they are up again.
         held = self._config.clock.hold_network
-        self._correct_clocks(self._pause.deadline_ns if held else None)
+        self._correct_clocks(self._pause.watch.deadline_ns if held else None)
 
     def _correct_clocks(self, limit_ns: int | None = None) -> None:
         skip = {**self._pause.problems(), **self._handover.problems()}
@@ -292,8 +292,8 @@ class Run:
     def _verify(self, _action: Action) -> None:
         self._attempt("looking at guests", self._learn_places)
         self._outcomes.verify()
-        if self._pause.keeper_problem:
-            self._outcomes.degrade(self._pause.keeper_problem)
+        if self._pause.watch.problem:
+            self._outcomes.degrade(self._pause.watch.problem)
         if self._plan.method is not None:
             for finding in self._residency.conclude():
                 self._outcomes.degrade(finding)
@@ -302,9 +302,9 @@ class Run:
             self._commit()
 
     def _tell_keeper_problem(self) -> None:
-        if self._handover.keeper_problem:
-            self._outcomes.degrade(self._handover.keeper_problem)
-            self._handover.keeper_problem = ""
+        if self._handover.watch.problem:
+            self._outcomes.degrade(self._handover.watch.problem)
+            self._handover.watch.problem = ""
 
     # ---- failure
 
@@ -334,8 +334,8 @@ class Run:
             )
         if self._pause.began:
             self._report.reasons += self._residency.conclude()
-        if self._pause.keeper_problem:
-            self._report.reasons.append(self._pause.keeper_problem)
+        if self._pause.watch.problem:
+            self._report.reasons.append(self._pause.watch.problem)
 
     def _take_back(self, phase: Phase | None = None) -> None:
         """Undoes the actions of that phase, or all that are left, the last one first."""

@@ -51,12 +51,12 @@ class Stepping:
         paused = action.phase is Phase.BLACKOUT and self._plan.method is not None
         wake_fds = [self._hands.interrupts.fileno()]
         if paused:
-            wake_fds += self._pause.wake_fds
+            wake_fds += self._pause.watch.wake_fds
             deadline_ns = self._pause.steps_end_ns
             if action.timeout_ns is not None:
                 deadline_ns = min(deadline_ns, now_ns + action.timeout_ns)
         elif action.phase is Phase.BLACKOUT and self._plan.actual is Impact.HANDOVER:
-            wake_fds += self._handover.wake_fds
+            wake_fds += self._handover.watch.wake_fds
             deadline_ns = now_ns + (action.timeout_ns or HANDOVER_NS)
             deadline_ns = min(deadline_ns, self._handover.steps_end_ns)
         else:
@@ -67,7 +67,7 @@ class Stepping:
         )  # fmt: skip
         if result.problem:
             self.check_interrupted()
-            if paused and self._pause.alarmed():
+            if paused and self._pause.watch.alarmed():
                 report.problem += ": the budget is over, the keeper has let the guests run"
             raise StepError(action.step, report.problem)
 

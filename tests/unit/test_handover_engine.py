@@ -293,7 +293,7 @@ def test_ram_that_has_changed_is_not_let_run(bench: Bench, monkeypatch: pytest.M
 
 def test_a_rehearsal_that_is_cut_short_leaves_no_guest_stopped(bench: Bench) -> None:
     """The keeper watches while the guest is stopped; libvirt may be away for a while."""
-    bench.take("watch")
+    bench.handover.begin_watch(act("watch"))
     bench.port.fails["rehearse"] = [SILENT]
     bench.port.before.add("end_rehearsal")
     bench.port.fails["end_rehearsal"] = [SILENT] * 3
@@ -308,7 +308,7 @@ def test_a_rehearsal_that_is_cut_short_leaves_no_guest_stopped(bench: Bench) -> 
 
 
 def test_one_that_cannot_be_reached_is_told_of(bench: Bench) -> None:
-    bench.take("watch")
+    bench.handover.begin_watch(act("watch"))
     bench.port.fails["rehearse"] = [SILENT]
     bench.port.before.add("end_rehearsal")
     bench.port.fails["end_rehearsal"] = [SILENT] * 100_000
