@@ -20,6 +20,7 @@ from hostupdate.eligibility import Blocker, Eligibility, HandoverFacts, judge
 from hostupdate.errors import (
     GuestError,
     HostUpdateError,
+    HypervisorError,
     InputError,
     PrerequisiteError,
     RefusedError,
@@ -118,8 +119,19 @@ class HandoverHand:
                 [f"{closed} is closed to others: a guest's QEMU could not be run from {into}"],
                 remedy=f"chmod o+x {closed}, or set [paths] builds",
             )
-        self._host.domains.try_emulator(uuid, build.wrapper)
+        why = "libvirt cannot start the QEMU that guests may have to go back to"
+        self._try(uuid, str(build.wrapper), why)
         return build
+
+    def _try(self, uuid: str, program: str, why: str) -> None:
+        try:
+            self._host.domains.try_emulator(uuid, Path(program))
+        except HypervisorError as error:
+            raise RefusedError(
+                [f"{why}: {error}"],
+                remedy=f"where AppArmor forbids it: a line '{Path(program).parent}/** rmix,' in "
+                "/etc/apparmor.d/local/abstractions/libvirt-qemu",
+            ) from error
 
     def drop_kept(self) -> None:
         _remove_idle(self._builds)
@@ -127,11 +139,12 @@ class HandoverHand:
     def warm(self, uuids: Sequence[str]) -> None:
         self._hypervisor.revive()  # steps of the stage may have started libvirt anew
         wanted = {
-            (self._target(uuid), "<domain type='kvm'" in self._hypervisor.xml(uuid))
+            (self._target(uuid), "<domain type='kvm'" in self._hypervisor.xml(uuid)): uuid
             for uuid in uuids
         }
-        for target, kvm in sorted(wanted):
+        for (target, kvm), uuid in sorted(wanted.items()):
             capabilities.warm(self._hypervisor, Path(target), _LIFE_NS, kvm=kvm)
+            self._try(uuid, target, f"libvirt cannot start {target}")
 
     def rehearse(self, uuid: str, mark: Callable[[bool], None]) -> tuple[str, int | None, str]:
         pid = find_pid(uuid)

@@ -368,6 +368,8 @@ class Run:
 
 
 def _words(error: BaseException) -> str:
+    if isinstance(error, HostUpdateError) and error.remedy:
+        return f"{error}; {error.remedy}"
     if isinstance(error, HostUpdateError | OSError):
         return str(error)
     return f"internal error: {type(error).__name__}: {error}"
