@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -21,7 +19,6 @@ from hostupdate.errors import (
     GuestError,
     HostUpdateError,
     HypervisorError,
-    InputError,
     PrerequisiteError,
     RefusedError,
 )
@@ -29,18 +26,17 @@ from hostupdate.guests import Hypervisor, capabilities
 from hostupdate.guests.command import GuestCommand
 from hostupdate.guests.parking import Parking
 from hostupdate.guests.uri import embedded_root
-from hostupdate.handover import builds, inquiry, ram_store, rehearsal
+from hostupdate.handover import builds, inquiry, rehearsal
 from hostupdate.handover.hook import Hook
 from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import ParkedRecords
-from hostupdate.handover.recovery import Recovered, discard, recover
 from hostupdate.handover.saving import Saving
 from hostupdate.host import processes, ram_backing
 from hostupdate.host.memory import SAMPLE_PAGES
 from hostupdate.impact import QemuUse
 from hostupdate.model import LocatedGuest
-from hostupdate.parked import ParkedRecord, ParkedState
+from hostupdate.parked import ParkedRecord
 
 #: What starts or ends a QEMU: libvirt's own time-outs for both are 30 s.
 _LIFE_NS = 40_000_000_000
@@ -105,12 +101,12 @@ class HandoverHand:
             emulator = self._way.facts(uuid).emulator
             if emulator not in kept:
                 binary = _is_binary(emulator)
-                kept[emulator] = _mark(emulator), self._build(uuid, emulator) if binary else None
+                kept[emulator] = mark_of(emulator), self._build(uuid, emulator) if binary else None
             self._kept[uuid] = kept[emulator]
 
     def _build(self, uuid: str, emulator: str) -> builds.Build:
         """RefusedError: guests could not be run from it."""
-        into = self._builds / f"{Path(emulator).name}-{_mark(emulator)}"
+        into = self._builds / f"{Path(emulator).name}-{mark_of(emulator)}"
         self._builds.mkdir(mode=0o755, parents=True, exist_ok=True)
         build = builds.keep(Path(emulator), into)
         closed = builds.closed_to_others(build.wrapper)
@@ -134,7 +130,7 @@ class HandoverHand:
             ) from error
 
     def drop_kept(self) -> None:
-        _remove_idle(self._builds)
+        remove_idle(self._builds)
 
     def warm(self, uuids: Sequence[str]) -> None:
         self._hypervisor.revive()  # steps of the stage may have started libvirt anew
@@ -151,7 +147,7 @@ class HandoverHand:
         facts = self._way.facts(uuid)
         if pid is None:
             raise GuestError(facts.name, "its QEMU process was not found")
-        scratch = _scratch(self._host.records.directory.parent)
+        scratch = scratch_of(self._host.records.directory.parent)
         scratch.mkdir(mode=0o700, exist_ok=True)
         command = GuestCommand(self._hypervisor, uuid, self._timeout_ns)
         target = Path(self._target(uuid))
@@ -172,7 +168,7 @@ class HandoverHand:
         end_rehearsal(self._hypervisor, uuid)
 
     def prepare(self, uuid: str) -> ParkedRecord:
-        _have_hook_called(self._host, uuid)
+        have_hook_called(self._host, uuid)
         return self._way.prepare(uuid)
 
     def latest(self, record: ParkedRecord) -> ParkedRecord | None:
@@ -206,13 +202,13 @@ class HandoverHand:
         kept = record
         if build is not None:
             kept = msgspec.structs.replace(record, old_emulator=str(build.wrapper))
-        if record.old_emulator != kept.old_emulator and _mark(record.old_emulator) == mark:
+        if record.old_emulator != kept.old_emulator and mark_of(record.old_emulator) == mark:
             try:
                 return self._rollback(record)
             except GuestError:
                 if record.moved_on:
                     raise
-        elif build is None and _mark(record.old_emulator) != mark:
+        elif build is None and mark_of(record.old_emulator) != mark:
             raise GuestError(record.name, f"{record.old_emulator} is not what it was")
         return self._rollback(kept)
 
@@ -220,7 +216,7 @@ class HandoverHand:
         try:
             return self._way.rollback(record)
         except GuestError:  # the daemon may have been started anew, without our hook
-            if not _have_hook_called(self._host, record.uuid):
+            if not have_hook_called(self._host, record.uuid):
                 raise
             return self._way.rollback(record)
 
@@ -244,7 +240,7 @@ class HandoverHand:
         return self._program or builds.origin(self._way.facts(uuid).emulator)
 
 
-def _have_hook_called(host: Host, uuid: str) -> bool:
+def have_hook_called(host: Host, uuid: str) -> bool:
     """libvirt's daemon looks for hooks at its start only, and when it is told to. Whether it had to
     be told, and calls ours now."""
     host.hook.install()
@@ -326,7 +322,7 @@ def _is_binary(program: str) -> bool:
         ) from error
 
 
-def _mark(program: str) -> str:
+def mark_of(program: str) -> str:
     """Names a binary as it is now; empty where it is gone."""
     try:
         status = os.stat(program)
@@ -336,111 +332,7 @@ def _mark(program: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def bring_back(
-    settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str, *, committed: bool
-) -> tuple[dict[str, str], list[str], bool]:
-    """Recovers every guest that has a parked record: problems by guest, those that run, and
-    whether one of them is under its new QEMU, so that the update stays. It does in any case where
-    it is ``committed``; else guests go back to where they were."""
-    host = parking_host(settings, config, hypervisor, run_id)
-    problems: dict[str, str] = {}
-    running = []
-    moved = False
-    for uuid in host.records.uuids():
-        name = uuid
-        try:
-            record = host.records.read(uuid)
-            if record is None:
-                continue
-            name = record.name
-            moved |= _recovered(host, config, record, committed or moved)
-            running.append(name)
-        except HostUpdateError as error:
-            problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
-        except Exception as error:  # a bug of ours: the others come back all the same
-            problems[name] = f"internal error: {type(error).__name__}: {error}"
-    return problems, running, moved
-
-
-def some_moved_on(state: Path) -> bool:
-    """Whether a guest has been let run under its new QEMU, by what is parked."""
-    records = ParkedRecords(state)
-    found = []
-    for uuid in records.uuids():
-        with suppress(InputError):  # it is told of when it is to come back
-            found.append(records.read(uuid))
-    return any(record is not None and record.moved_on for record in found)
-
-
-def give_up(
-    settings: Settings, config: Config, hypervisor: Hypervisor, record: ParkedRecord
-) -> None:
-    """Removes what is parked of a guest, at its owner's word. RefusedError: it can be brought
-    back, since a QEMU has its RAM."""
-    pid = find_pid(record.uuid)
-    if pid is not None and ram_store.is_mapped(record, pid):
-        raise RefusedError(
-            [f"guest {record.name} has a QEMU with its RAM"], remedy="run `hostupdate resume`"
-        )
-    discard(parking_host(settings, config, hypervisor, record.run_id), record)
-
-
-def _recovered(host: Host, config: Config, record: ParkedRecord, committed: bool) -> bool:
-    """Recovers a guest under the QEMU that it ran under, or where the update is in place under the
-    new one; else under the other. Whether it is under the new one."""
-    old = record.old_emulator
-    kept = _kept(config, old)
-    mark = _mark(old)
-    back = old
-    if kept is not None and not (mark and kept.directory.name.endswith(mark)):
-        back = str(kept.wrapper)
-    changed = back != old or record.new_emulator not in (None, old)
-    ways = [(back, back), (old, record.new_emulator if changed else old)]
-    if kept is not None and back == old:
-        ways.append((str(kept.wrapper), str(kept.wrapper)))
-    if committed:
-        ways.sort(key=lambda way: way[0] == way[1])
-    first: GuestError | None = None
-    for origin, emulator in dict.fromkeys(ways):
-        again = record if first is None else host.records.read(record.uuid)
-        if again is None or (first is not None and again.state is ParkedState.RUNNING):
-            break
-        again = msgspec.structs.replace(again, old_emulator=origin)
-        try:
-            stay = committed or not changed or emulator != origin
-            found = _recover(host, again, emulator, stay=stay)
-        except GuestError as error:
-            first = first or error
-            continue
-        if found is Recovered.COMMITTED:
-            return record.moved_on or (changed and record.state is not ParkedState.RUNNING)
-        return found is Recovered.UNPARKED and changed and emulator != origin
-    assert first is not None
-    raise first
-
-
-def _recover(host: Host, record: ParkedRecord, emulator: str | None, *, stay: bool) -> Recovered:
-    try:
-        return recover(host, record, emulator, stay=stay)
-    except GuestError:  # the daemon may have been started anew, without our hook
-        again = host.records.read(record.uuid)
-        if again is None or again.state is ParkedState.RUNNING:
-            raise
-        with suppress(HostUpdateError):  # it may have no definition to ask with
-            if _have_hook_called(host, record.uuid):
-                again = msgspec.structs.replace(again, old_emulator=record.old_emulator)
-                return recover(host, again, emulator, stay=stay)
-        raise
-
-
-def clear_up(state: Path, config: Config) -> None:
-    """Removes what an interrupted run has left of rehearsals and of QEMUs that it kept; no guest is
-    parked any more."""
-    shutil.rmtree(_scratch(state), ignore_errors=True)
-    _remove_idle(Path(config.paths.builds))
-
-
-def _scratch(state: Path) -> Path:
+def scratch_of(state: Path) -> Path:
     """Where a rehearsal's QEMU lives."""
     return state / "rehearsal"
 
@@ -452,15 +344,7 @@ def end_rehearsal(hypervisor: Hypervisor, uuid: str) -> None:
     rehearsal.recover(GuestCommand(hypervisor, uuid, _LIFE_NS))
 
 
-def _kept(config: Config, emulator: str) -> builds.Build | None:
-    """What was kept of a QEMU; the newest where there is more than one."""
-    found = Path(config.paths.builds).glob(f"{Path(emulator).name}-*/qemu")
-    wrappers = [path for path in found if builds.origin(str(path)) == emulator]
-    wrappers.sort(key=lambda path: path.stat().st_mtime_ns)
-    return builds.Build(wrappers[-1].parent) if wrappers else None
-
-
-def _remove_idle(directory: Path) -> None:
+def remove_idle(directory: Path) -> None:
     """What was kept, or half kept, and no guest runs under; others' builds are left alone."""
     running = {processes.program(pid) for pid in processes.all_qemus()}
     for path in directory.glob("*-*"):

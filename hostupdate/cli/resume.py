@@ -159,7 +159,8 @@ class _Recovery:
         records = ParkedRecords(self._settings.state)
         if not (records.uuids() or self._rehearsing):
             return
-        from hostupdate.cli.handing_over import bring_back, end_rehearsal, some_moved_on
+        from hostupdate.cli.bringing_back import bring_back, some_moved_on
+        from hostupdate.cli.handing_over import end_rehearsal
 
         committed = run is None or some_moved_on(self._settings.state)
         if run is not None and not committed:
@@ -208,7 +209,7 @@ class _Recovery:
         return False
 
     def _clear_up(self) -> None:
-        from hostupdate.cli.handing_over import clear_up
+        from hostupdate.cli.bringing_back import clear_up
 
         clear_up(self._settings.state, self._config())
 
@@ -354,7 +355,7 @@ def _discard(settings: Settings, name: str) -> None:
     for uuid in records.uuids():
         parked = records.read(uuid)
         if parked is not None and name in (uuid, parked.name):
-            from hostupdate.cli.handing_over import give_up
+            from hostupdate.cli.bringing_back import give_up
 
             config = settings.load_config()
             timeout_ns = config.deadlines.libvirt_ns
