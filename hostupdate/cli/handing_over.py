@@ -26,7 +26,7 @@ from hostupdate.guests import Hypervisor, capabilities
 from hostupdate.guests.command import GuestCommand
 from hostupdate.guests.parking import Parking
 from hostupdate.guests.uri import embedded_root
-from hostupdate.handover import builds, inquiry, rehearsal
+from hostupdate.handover import builds, inquiry, plugged, rehearsal
 from hostupdate.handover.hook import Hook
 from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.ports import Host
@@ -151,10 +151,11 @@ class HandoverHand:
         scratch.mkdir(mode=0o700, exist_ok=True)
         command = GuestCommand(self._hypervisor, uuid, self._timeout_ns)
         target = Path(self._target(uuid))
+        words = builds.command(processes.command_line(pid))
         try:
             found = rehearsal.rehearse(
                 command,
-                builds.command(processes.command_line(pid)),
+                plugged.with_plugged(command, words, self._hypervisor.xml(uuid)),
                 target,
                 scratch,
                 mark=mark,

@@ -108,30 +108,30 @@ class _Made:
     def take(self, option: str, text: str) -> None:
         match option:
             case "-machine":
-                self._machine(_Value.parse(text, "type"))
+                self._machine(Value.parse(text, "type"))
                 self.words += [option, text]
             case "-chardev":
-                value = _Value.parse(text, "backend")
+                value = Value.parse(text, "backend")
                 self.words += [option, f"null,id={value.fields.get('id')}"]
             case "-audiodev":
-                value = _Value.parse(text, "driver")
+                value = Value.parse(text, "driver")
                 self.words += [option, f"none,id={value.fields.get('id')}"]
             case "-object":
-                self._add(option, self._object(_Value.parse(text, "qom-type")))
+                self._add(option, self._object(Value.parse(text, "qom-type")))
             case "-netdev":
-                self._add(option, self._netdev(_Value.parse(text, "type")))
+                self._add(option, self._netdev(Value.parse(text, "type")))
             case "-device":
-                self._add(option, self._device(_Value.parse(text, "driver")))
+                self._add(option, self._device(Value.parse(text, "driver")))
             case _ if option in _KEPT:
                 self.words += [option, text]
             case _ if option not in _DROPPED:
                 self.refuse(f"{option} {text}".strip())
 
-    def _add(self, option: str, value: _Value | None) -> None:
+    def _add(self, option: str, value: Value | None) -> None:
         if value is not None:
             self.words += [option, value.text()]
 
-    def _machine(self, value: _Value) -> None:
+    def _machine(self, value: Value) -> None:
         for name in ("confidential-guest-support", "memory-encryption"):
             if name in value.fields:
                 self.refuse(f"-machine {name}")
@@ -139,7 +139,7 @@ class _Made:
             if name in value.fields:
                 self._node(value.fields[name], self._disks.get(value.fields[name]))
 
-    def _object(self, value: _Value) -> _Value | None:
+    def _object(self, value: Value) -> Value | None:
         kind, name = value.fields.get("qom-type", ""), value.fields.get("id", "")
         if kind == "memory-backend-file" and name in self._ram:
             return value.but(
@@ -150,14 +150,14 @@ class _Made:
         if kind == "rng-random":
             return value.but(filename="/dev/urandom")
         if kind == "rng-egd":
-            return _Value({"qom-type": "rng-builtin", "id": name}, value.json)
+            return Value({"qom-type": "rng-builtin", "id": name}, value.json)
         if kind in _KEPT_OBJECTS:
             return value.but(without=_RAM_COSTS)
         if not _DROPPED_OBJECTS.fullmatch(kind):
             self.refuse(f"-object {kind} {name}")
         return None
 
-    def _netdev(self, value: _Value) -> _Value | None:
+    def _netdev(self, value: Value) -> Value | None:
         kind, name = value.fields.get("type", ""), value.fields.get("id", "")
         if kind == "user":
             return value.but(without=_USER_OUTSIDE, restrict=True)
@@ -167,13 +167,13 @@ class _Made:
             fields |= {"script": "no", "downscript": "no", "vhost": False}
             queues = len(str(value.fields.get("fds", "")).split(":"))
             queues = int(value.fields.get("queues", queues))
-            return _Value(fields | ({"queues": queues} if queues > 1 else {}), value.json)
+            return Value(fields | ({"queues": queues} if queues > 1 else {}), value.json)
         if kind in _SOCKET_NETDEVS:
-            return _Value({"type": "hubport", "id": name, "hubid": 0}, value.json)
+            return Value({"type": "hubport", "id": name, "hubid": 0}, value.json)
         self.refuse(f"-netdev {kind} {name}")
         return None
 
-    def _device(self, value: _Value) -> _Value | None:
+    def _device(self, value: Value) -> Value | None:
         driver, name = value.fields.get("driver", ""), value.fields.get("id", "")
         if _HOST_DEVICES.search(driver) or not _HOST_FIELDS.isdisjoint(value.fields):
             self.refuse(f"-device {driver} {name}".rstrip())
@@ -197,25 +197,25 @@ class _Made:
 
 
 @dataclass(frozen=True, slots=True)
-class _Value:
+class Value:
     """An option's argument: JSON, or ``first,key=value``."""
 
     fields: dict[str, Any]
     json: bool
 
     @staticmethod
-    def parse(text: str, first: str) -> _Value:
+    def parse(text: str, first: str) -> Value:
         if text.startswith("{"):
-            return _Value(msgspec.json.decode(text, type=dict[str, Any]), True)
+            return Value(msgspec.json.decode(text, type=dict[str, Any]), True)
         parts = [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
         pairs = [part.partition("=") for part in parts]
         if not pairs[0][1]:
             pairs[0] = (first, "=", parts[0])
-        return _Value({key: value if equals else "on" for key, equals, value in pairs}, False)
+        return Value({key: value if equals else "on" for key, equals, value in pairs}, False)
 
-    def but(self, without: set[str] | None = None, **changes: Any) -> _Value:
+    def but(self, without: set[str] | None = None, **changes: Any) -> Value:
         fields = {k: v for k, v in self.fields.items() if k not in (without or ())}
-        return _Value(fields | changes, self.json)
+        return Value(fields | changes, self.json)
 
     def text(self) -> str:
         if self.json:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from hostupdate.errors import DeadlineError, HypervisorError, RefusedError
-from hostupdate.handover import builds, inquiry, rehearsal
+from hostupdate.handover import builds, inquiry, plugged, rehearsal
 from hostupdate.handover.builds import Build
 from hostupdate.handover.rehearsal import Rehearsed
 from hostupdate.handover.throwaway import Throwaway
@@ -73,6 +73,98 @@ def test_a_guest_with_much_in_it_is_taken_by_newer_qemus(
             assert told.reason == "" and told.paused_ns is not None and told.paused_ns > 0
             assert told.new_version == builds.version(build.wrapper)
             assert guest.running
+
+
+#: Root ports for devices that are plugged in later.
+_PLACES = [
+    word
+    for n in range(8)
+    for word in (
+        "-device",
+        f'{{"driver":"pcie-root-port","id":"hot.{n}","chassis":{20 + n},"bus":"pcie.0",'
+        f'"addr":"0x5.{n:#x}","multifunction":true}}',
+    )
+]
+
+
+def plug_much(guest: BareGuest, ram: Path) -> str:
+    """As libvirt does. A definition that knows of it."""
+    places = iter(range(8))
+    aliases = []
+
+    def add(driver: str, name: str, /, **fields: object) -> None:
+        guest("device_add", {"driver": driver, "id": name, **fields})
+        aliases.append(f"<a><alias name='{name}'/></a>")
+
+    def add_pci(driver: str, name: str, /, **fields: object) -> None:
+        add(driver, name, bus=f"hot.{next(places)}", addr="0x0", **fields)
+
+    for node in ("libvirt-1-format", "libvirt-7-format", "libvirt-8-format"):
+        guest("blockdev-add", {"driver": "null-co", "node-name": node, "size": 16 << 20})
+    guest("object-add", {"qom-type": "iothread", "id": "iothread7"})
+    disk = {"drive": "libvirt-1-format", "num-queues": 3, "serial": "a,b", "iothread": "iothread7"}
+    add_pci("virtio-blk-pci", "virtio-disk7", **disk)
+    script = {"ifname": "guest7", "script": "no", "downscript": "no"}
+    guest("netdev_add", {"type": "tap", "id": "hostnet7", "queues": 2, **script})
+    add_pci("virtio-net-pci", "net7", netdev="hostnet7", mq=True, vectors=6)
+    guest("netdev_add", {"type": "user", "id": "hostnet8"})
+    add_pci("e1000e", "net8", netdev="hostnet8")
+    add_pci("virtio-scsi-pci", "z-scsi7", num_queues=2)
+    add("scsi-hd", "scsi7-0-0-0", bus="z-scsi7.0", drive="libvirt-7-format", device_id="d", lun=1)
+    add("scsi-cd", "scsi7-0-0-2", bus="z-scsi7.0", lun=2)
+    add("usb-storage", "usb-disk7", bus="usb.0", port="3", drive="libvirt-8-format")
+    add("usb-tablet", "input7", bus="usb.0", port="4")
+    guest("chardev-add", {"id": "charchannel7", "backend": {"type": "null", "data": {}}})
+    port = {"bus": "virtio-serial0.0", "nr": 7, "chardev": "charchannel7", "name": "org.x.7"}
+    add("virtserialport", "channel7", **port)
+    guest("object-add", {"qom-type": "rng-random", "id": "objrng7", "filename": "/dev/urandom"})
+    add_pci("virtio-rng-pci", "rng7", rng="objrng7")
+    add_pci("virtio-serial-pci", "virtio-serial7")
+    add_pci("qemu-xhci", "usb7")
+    cpu = {"socket-id": 1, "core-id": 0, "thread-id": 0}
+    guest("device_add", {"driver": "qemu64-x86_64-cpu", "id": "vcpu1", **cpu})
+    memory = {"qom-type": "memory-backend-file", "id": "memdimm0", "size": 128 << 20}
+    guest("object-add", {**memory, "share": True, "mem-path": f"{ram}.dimm"})
+    add("pc-dimm", "dimm0", memdev="memdimm0", slot=0)
+    return f"<domain><devices>{''.join(aliases)}</devices></domain>"
+
+
+def test_devices_that_were_plugged_in_are_taken(
+    ram: Path, tmp_path: Path, old_qemu: Build, newer_qemu: Build, foreign_qemu: Build
+) -> None:
+    start = [*machine(ram), *_PLACES, *devices(tmp_path)]
+    start[start.index("-smp") + 1] = "1,maxcpus=2,sockets=2,cores=1,threads=1"
+    start[start.index("-m") + 1] = f"size={RAM_BYTES >> 10}k,slots=4,maxmem=1048576k"
+    system = Path(shutil.which("qemu-system-x86_64") or "")
+    with BareGuest(system, start) as guest:
+        assert plugged.with_plugged(guest, guest.command_line, "<x/>") == guest.command_line
+        xml = plug_much(guest, ram)
+        assert not rehearse(guest, old_qemu, tmp_path).ok
+        words = plugged.with_plugged(guest, guest.command_line, xml)
+        assert plugged.with_plugged(guest, words, xml) == words
+        for build in (old_qemu, newer_qemu, foreign_qemu):
+            told = rehearse(guest, build, tmp_path, words)
+            assert told.ok, told.reason
+
+
+def test_devices_that_were_unplugged_are_not_loaded(
+    ram: Path, tmp_path: Path, old_qemu: Build
+) -> None:
+    with BareGuest(old_qemu.wrapper, [*machine(ram), *devices(tmp_path)]) as guest:
+        for name in ("channel0", "input0", "scsi0-0-0-0"):
+            guest("device_del", {"id": name})
+        told = rehearse(guest, old_qemu, tmp_path)
+        assert not told.ok and "virtio-console" in told.reason
+        words = plugged.with_plugged(guest, guest.command_line, "<x/>")
+        assert len(words) == len(guest.command_line) - 8  # and a character device
+        told = rehearse(guest, old_qemu, tmp_path, words)
+        assert told.ok, told.reason
+        there = {"driver": "usb-kbd", "id": "input0", "bus": "usb.0", "port": "1"}
+        guest("device_add", there)
+        xml = "<d><devices><input><alias name='input0'/></input></devices></d>"
+        words = plugged.with_plugged(guest, guest.command_line, xml)
+        told = rehearse(guest, old_qemu, tmp_path, words)
+        assert told.ok, told.reason
 
 
 def test_a_guest_that_is_busy_with_its_disk_is_taken(
