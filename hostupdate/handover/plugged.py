@@ -95,11 +95,11 @@ def _is_same(command: Command, name: str, kind: str, value: Value) -> bool:
             command("device-list-properties", {"typename": driver})
             return False
     told = {key: str(value.fields[key]) for key in _TELLING if key in value.fields}
-    place = value.fields.get("addr")
-    if isinstance(place, str):
-        slot, _, function = place.partition(".")
-        told["addr"] = str(int(slot, 16) << 3 | int(function or "0", 16))
-    with suppress(HypervisorError):
+    with suppress(HypervisorError, ValueError):
+        place = value.fields.get("addr")
+        if isinstance(place, str):
+            slot, _, function = place.partition(".")
+            told["addr"] = str(int(slot, 16) << 3 | int(function or "0", 16))
         return all(str(_get(command, name, key)) == number for key, number in told.items())
     return True
 

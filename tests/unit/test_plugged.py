@@ -98,6 +98,12 @@ def test_a_device_may_have_two_names_for_its_type() -> None:
     assert with_plugged(qemu, start, "") == start
 
 
+def test_an_address_of_another_bus_tells_nothing() -> None:
+    qemu = Qemu(odd=("odd", {"addr": 7}))
+    start = [*_START, "-device", '{"driver":"odd","id":"odd","addr":"left"}']
+    assert with_plugged(qemu, start, "") == start
+
+
 def test_a_disk_is_told_with_what_is_not_by_default() -> None:
     disk = {"bus": "pci.0", "addr": 0x53, "drive": "libvirt-1-format", "serial": "a,b"}
     disk |= {"num-queues": 1, "bootindex": 2, "x-age": 1, "romfile": "", "core": "/c", "size": 7}
