@@ -225,8 +225,9 @@ def _obstacle(device: Element) -> tuple[str, str] | None:
             return "virtiofs file system", "unmount and detach it"
         case "shmem" if device.get("role") != "master":
             return f"shared memory {device.get('name')} of another's", "detach it"
-        case "memory" if device.get("model") == "virtio-mem":  # QEMU writes it before all RAM
-            return "virtio-mem device", "detach it"
+        # QEMU writes virtio-mem before all RAM; the file of a DIMM has another name than its block.
+        case "memory":
+            return f"{device.get('model')} device", "detach it"
         case "tpm":
             return "TPM, whose state another process holds,", "remove it"
     return None

@@ -86,7 +86,7 @@ def harmless(
     if made.refused:
         raise RefusedError(
             [f"a rehearsal cannot replace {each}" for each in made.refused],
-            remedy="remove it from the guest, or hand it over without a rehearsal",
+            remedy="remove it from the guest",
         )
     nodes = [word for node in made.nodes.values() for word in ("-blockdev", node)]
     return [*nodes, *made.words, "-uuid", _NO_UUID, "-display", "none"]

@@ -148,7 +148,7 @@ class _Plugged:
         if problems:
             raise RefusedError(
                 [f"devices were plugged in since it was started: {each}" for each in problems],
-                remedy="unplug them, or hand it over without a rehearsal",
+                remedy="unplug them",
             )
         return words
 

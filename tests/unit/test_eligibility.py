@@ -117,6 +117,7 @@ PCI = "<hostdev mode='subsystem' type='pci'>{}</hostdev>"
         ("<shmem name='s' role='peer'/>", "shared memory s"),
         ("<shmem name='s'/>", "shared memory s"),
         ("<memory model='virtio-mem'><target/></memory>", "virtio-mem device"),
+        ("<memory model='dimm'><target/></memory>", "dimm device"),
         ("<tpm model='tpm-crb'><backend type='emulator'/></tpm>", "TPM"),
     ],
 )
