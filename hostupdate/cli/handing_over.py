@@ -227,8 +227,13 @@ class HandoverHand:
     def finish(self, record: ParkedRecord) -> None:
         self._way.finish(record)
 
-    def abort(self, record: ParkedRecord) -> None:
+    def abort(self, record: ParkedRecord) -> ParkedRecord | None:
+        facts = self._way.settle(record)
+        saved = self._host.hook.guards(record) and Path(record.guard).exists()
+        if saved and not facts.active:  # libvirt went away before it could be noted
+            return self._way.saved(record)
         self._way.abort(record)
+        return None
 
     def blackout_ns(self, record: ParkedRecord) -> int | None:
         return self._way.blackout_ns(record)

@@ -267,9 +267,11 @@ class Handover:
             try:
                 if record.state is ParkedState.RUNNING and uuid not in self._problems:
                     self._port.finish(record)
-                elif record.state is ParkedState.LINKED:
-                    self._port.abort(record)
-                else:
+                elif record.state is not ParkedState.LINKED:
+                    continue
+                elif (saved := self._port.abort(record)) is not None:
+                    self._records[uuid] = saved
+                    self._problems[uuid] = f"{_KNOWN[saved.state]}; {_RESUME}"
                     continue
                 del self._records[uuid]
             except HostUpdateError as error:
@@ -310,14 +312,18 @@ class Handover:
             record = self._port.latest(self._records[uuid])  # an error may have come after a write
             if record is None or uuid in self._gone_on:
                 return False
+            if record.state is ParkedState.LINKED:
+                saved = self._port.abort(record)
+                if saved is None:
+                    del self._records[uuid]
+                    self._ran_by_now(uuid)
+                    self._problems.pop(uuid, None)
+                    return False
+                record = saved
             self._records[uuid] = record
             if record.state is ParkedState.RUNNING:  # it may run: its image is history
                 self.committed = self.committed or record.moved_on
                 self._let_go(uuid)
-            elif record.state is ParkedState.LINKED:
-                self._port.abort(record)
-                del self._records[uuid]
-                self._ran_by_now(uuid)
             elif record.state in _PARKED:
                 self._records[uuid] = self._port.rollback(record)
                 self._compare(uuid)

@@ -82,9 +82,12 @@ class Port:
         self.finished.append(record.uuid)
         del self.records[record.uuid]
 
-    def abort(self, record: ParkedRecord) -> None:
+    def abort(self, record: ParkedRecord) -> ParkedRecord | None:
         self._fail("abort", done=False)
+        if record.uuid not in self.running:
+            return self._write(record, "saved", state=ParkedState.SAVED)
         del self.records[record.uuid]
+        return None
 
     def blackout_ns(self, _record: ParkedRecord) -> int | None:
         return 1
@@ -242,15 +245,28 @@ def test_what_could_not_be_cleared_up_is_not_forgotten(bench: Bench) -> None:
     assert bench.handover.unfinished and "not cleared up" in bench.degraded[0]
 
 
-def test_a_guest_that_was_not_parked_is_passed_over(bench: Bench) -> None:
+def test_a_guest_that_was_not_parked_is_passed_over(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one before it has moved on, so the run goes on."""
     bench.take("park", "unpark", "commit")
-    bench.port.before.add("park")
-    bench.port.fails["park"] = [SILENT]
-    bench.port.running["b"] = "old"
+
+    def away(_record: ParkedRecord) -> ParkedRecord:
+        raise SILENT
+
+    monkeypatch.setattr(bench.port, "park", away)
     bench.take("park", "unpark", "commit", guest="b")
     assert bench.port.running["a"] == "new" and "b" not in bench.port.records
     assert "b is under its old QEMU again" in bench.degraded[0]
+
+
+def test_a_guest_whose_park_nobody_noted_comes_back(bench: Bench) -> None:
+    """libvirt died when its QEMU was gone already."""
+    bench.port.before.add("park")
+    bench.port.fails["park"] = [SILENT]
+    with pytest.raises(HypervisorError):
+        bench.take("park")
+    assert bench.port.running["a"] == "old" and not bench.handover.problems()
 
 
 def test_guests_that_are_parked_together_wait_for_what_is_undone_first(together: Bench) -> None:
