@@ -351,6 +351,11 @@ class Handover:
         self.clear()
 
     @property
+    def at_stake(self) -> bool:
+        """Some guest may stand still."""
+        return self.began or bool(self._hands.journal.pending.rehearsing)
+
+    @property
     def unfinished(self) -> bool:
         """Some guest has a record still: recovery is to see to it."""
         return bool(self._records)
