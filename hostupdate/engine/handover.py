@@ -285,6 +285,8 @@ class Handover:
         """From any state: every guest runs, or is in :meth:`problems`. May be repeated."""
         self._end_rehearsal()
         self._together([*self._records], self._bring_back)
+        if not self.at_stake:  # they run, and are only not cleared up
+            self._problems.clear()
         self.disarm()
 
     def _bring_back(self, uuid: str) -> None:

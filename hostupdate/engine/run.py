@@ -311,7 +311,7 @@ class Run:
     def _fail(self, error: BaseException) -> None:
         self._report.reasons.append(_words(error))
         self._attempt("letting guests run", self._pause.let_run)
-        if self._handover.at_stake:
+        if self._handover.at_stake or self._handover.unfinished:
             # The old QEMU may need what a step has taken away, a module.
             self._take_back(Phase.BLACKOUT)
             self._attempt("letting guests run", self._handover.let_run)
