@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from uuid import UUID
 
@@ -105,6 +106,22 @@ class Furnished:
         self.lab = Lab(program.with_options(*options), (NAME,))
         self.owner = Owner(hypervisor)
 
+    def start(self) -> None:
+        """Until its disk is written to and its network answers."""
+        log = self.lab.console(NAME)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.owner.start(NAME)
+        console.wait_ready(log, time.monotonic_ns() + 90 * _SECOND_NS)
+        self.owner.ping(NAME)
+        self.owner.shell(NAME, _IO.format(address=_GUEST))
+        wait(lambda: self.in_guest("cat /run/io || echo").strip())
+
+    def remove(self) -> None:
+        self.daemon.ensure()
+        if self.owner.known()[NAME]:
+            self.owner.destroy(NAME)
+        self.owner.undefine(NAME)
+
     def virsh(self, *words: str) -> str:
         argv = ["virsh", "-c", self.daemon.uri, *words]
         ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
@@ -196,53 +213,44 @@ def bridge() -> Iterator[str]:
 def guest(bridge: str) -> Iterator[Furnished]:
     need("root", "qemu", "libvirt", "lab", "cgroup2")
     base = Path(tempfile.mkdtemp(prefix="hu-d-", dir="/var/tmp"))
-    base.chmod(0o755)
-    (base / "state").mkdir(mode=0o755)  # QEMU finds its kernel in the cache below
-    for name in ("ram", "disks", "console"):
-        (base / name).mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", base / "ram"], check=True)
-    subprocess.run(
-        ["qemu-img", "create", "-q", "-f", "qcow2", base / "disks/a.qcow2", "64M"], check=True
-    )
-    (base / "disks/b.raw").touch()
-    os.truncate(base / "disks/b.raw", 8 << 20)
-    cache = make_cache(base / "state")
-    built = image.build(cache)
-    acceleration = accelerator.probe(built, cache)
-    daemon = Daemon(base, hide_kvm=acceleration.kind != "kvm")
-    (base / "etc/qemu.conf").write_text(_CONF.format(base=base))
-    daemon.ensure()
-    hypervisor = Hypervisor(daemon.uri, timeout_ns=20 * _SECOND_NS)
-    made = Furnished(base, daemon, hypervisor, bridge)
-    try:
-        log = made.lab.console(NAME)
-        log.parent.mkdir(parents=True)
+    with ExitStack() as ends:
+        ends.callback(shutil.rmtree, base)
+        base.chmod(0o755)
+        (base / "state").mkdir(mode=0o755)  # QEMU finds its kernel in the cache below
+        for name in ("ram", "disks"):
+            (base / name).mkdir()
+        ram = str(base / "ram")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", ram], check=True)
+        ends.callback(subprocess.run, ["umount", "--lazy", ram], check=True)
+        disks = base / "disks"
+        argv = ["qemu-img", "create", "-q", "-f", "qcow2", str(disks / "a.qcow2"), "64M"]
+        subprocess.run(argv, check=True)
+        (disks / "b.raw").touch()
+        os.truncate(disks / "b.raw", 8 << 20)
+        cache = make_cache(base / "state")
+        built = image.build(cache)
+        acceleration = accelerator.probe(built, cache)
+        daemon = Daemon(base, hide_kvm=acceleration.kind != "kvm")
+        (base / "etc/qemu.conf").write_text(_CONF.format(base=base))
+        daemon.ensure()
+        ends.callback(daemon.end)
+        hypervisor = Hypervisor(daemon.uri, timeout_ns=20 * _SECOND_NS)
+        ends.callback(hypervisor.close)
+        made = Furnished(base, daemon, hypervisor, bridge)
         xml = domain.domain_xml(
             name=NAME,
             uuid=UUID_,
             memory_bytes=_MEMORY,
             image=built,
             acceleration=acceleration,
-            console=log,
+            console=made.lab.console(NAME),
             ram_in_files=True,
         )
         devices = _DEVICES.format(base=base, bridge=bridge, mac=_MAC)
         made.owner.define(xml.replace("</devices>", f"{devices}</devices>"))
-        made.owner.start(NAME)
-        console.wait_ready(log, time.monotonic_ns() + 90 * _SECOND_NS)
-        made.owner.ping(NAME)
-        made.owner.shell(NAME, _IO.format(address=_GUEST))
-        wait(lambda: made.in_guest("cat /run/io || echo").strip())
+        ends.callback(made.remove)
+        made.start()
         yield made
-        made.owner.undefine(NAME)
-    finally:
-        daemon.ensure()
-        if made.owner.known().get(NAME):
-            made.owner.destroy(NAME)
-        hypervisor.close()
-        daemon.end()
-        subprocess.run(["umount", "--lazy", base / "ram"], check=True)
-        shutil.rmtree(base)
 
 
 def apply(guest: Furnished, program: Path) -> int:
