@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from hostupdate.cli import resume
+from hostupdate.cli import recovering
 from hostupdate.cli.compose import CCore
+from hostupdate.cli.recovering import Recovery
 from hostupdate.cli.settings import Settings
 from hostupdate.config import Config
 from hostupdate.errors import HypervisorError, PrerequisiteError
@@ -49,7 +50,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             uris.append(self._uri)
             raise HypervisorError("away")
 
-    monkeypatch.setattr(resume, "_Libvirt", Away)
+    monkeypatch.setattr(recovering, "_Libvirt", Away)
     return uris
 
 
@@ -68,13 +69,13 @@ def interrupted(
     return pending
 
 
-def recovered(journal: Journal, pending: PendingRecord) -> resume._Recovery:
-    recovery = resume._Recovery(Settings(state=journal.state), journal, pending)
+def recovered(journal: Journal, pending: PendingRecord) -> Recovery:
+    recovery = Recovery(Settings(state=journal.state), journal, pending)
     recovery.execute()
     return recovery
 
 
-def undone(recovery: resume._Recovery) -> Sequence[str]:
+def undone(recovery: Recovery) -> Sequence[str]:
     assert recovery.report is not None
     return recovery.report.undone
 
@@ -114,7 +115,7 @@ def test_a_journal_that_cannot_be_read_for_now_is_left_for_another_try(
 ) -> None:
     let_go: list[Held] = []
     monkeypatch.setattr(
-        "hostupdate.cli.resume.Guard.restore", lambda _guard, held: let_go.append(held)
+        "hostupdate.cli.recovering.Guard.restore", lambda _guard, held: let_go.append(held)
     )
     pending = interrupted(journal, held=Held(units=("x.service",)))
 
