@@ -167,7 +167,7 @@ class Handover:
     def _park(self, uuid: str) -> None:
         self.touched.add(uuid)
         self._reports[uuid].paused_monotonic_ns = time.monotonic_ns()
-        with self._or_give_up(uuid):
+        with _GivingUp(self, uuid):
             self._records[uuid] = self._port.park(self._records[uuid])
             faults.point("park.parked")
             if uuid in self._checked:
@@ -181,7 +181,7 @@ class Handover:
     def _unpark(self, uuid: str) -> None:
         if not self._is(uuid, ParkedState.SAVED):
             return
-        with self._or_give_up(uuid):
+        with _GivingUp(self, uuid):
             self._records[uuid] = self._port.unpark(self._records[uuid])
             self._compare(uuid)
 
@@ -190,7 +190,7 @@ class Handover:
         uuid = action.guest
         if not self._is(uuid, ParkedState.STRIPPED):
             return
-        with self._or_give_up(uuid):
+        with _GivingUp(self, uuid):
             self._let_go(uuid)
             self.committed = True
         self.disarm()
@@ -237,9 +237,6 @@ class Handover:
             report.resumed_monotonic_ns = time.monotonic_ns()
             report.notes.append("libvirt told of no stop or no run: its blackout is an upper bound")
 
-    def _or_give_up(self, uuid: str) -> _GivingUp:
-        return _GivingUp(self, uuid)
-
     def gave_up(self, uuid: str, error: HostUpdateError) -> bool:
         """Brings the guest back. Whether the run goes on: some guest has moved on."""
         if self._all_at_once and not self.committed:
@@ -262,7 +259,8 @@ class Handover:
     # ---- the end, good or bad
 
     def clear(self, _action: Action | None = None) -> None:
-        """Removes what the handover needed. Never raises for a guest's sake."""
+        """Removes what the handover needed; also the undo of :meth:`prepare`. Never raises for a
+        guest's sake."""
         for uuid, record in list(self._records.items()):
             try:
                 if record.state is ParkedState.RUNNING and uuid not in self._problems:
@@ -347,10 +345,6 @@ class Handover:
         if report.paused_monotonic_ns is not None:
             report.resumed_monotonic_ns = time.monotonic_ns()
             report.notes.append("it was not parked: its blackout is an upper bound")
-
-    def abort(self) -> None:
-        """The undo of :meth:`prepare`."""
-        self.clear()
 
     @property
     def at_stake(self) -> bool:

@@ -81,7 +81,7 @@ class Run:
             "keep-qemu": (handover.keep_qemu, lambda _: handover.drop_kept()),
             "warm": (handover.warm, None),
             "rehearse": (handover.rehearse, None),
-            "prepare": (handover.prepare, lambda _: handover.abort()),
+            "prepare": (handover.prepare, handover.clear),
             "watch": (handover.begin_watch, handover.end_watch),
             "park": (handover.park, None),
             "unpark": (handover.unpark, None),

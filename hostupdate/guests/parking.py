@@ -33,7 +33,6 @@ _HOOK_PROBE = "hostupdate-hook-probe"
 _EMULATOR_PROBE = "hostupdate-emulator-probe"  #: which the hook lets pass
 _THROWN_AWAY = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
 _EVENT_S = 1.0
-_POLL_S = 0.01
 
 
 class Parking:
@@ -222,9 +221,6 @@ class Parking:
             like = ET.fromstring(connection.lookupByUUIDString(uuid).XMLDesc())
             domain = connection.createXML(_probe(like, _EMULATOR_PROBE, emulator), _THROWN_AWAY)
             domain.destroy()
-            with suppress(libvirt.libvirtError):  # it is gone
-                while domain.isActive():
-                    time.sleep(_POLL_S)
 
         with self._probing:
             try:

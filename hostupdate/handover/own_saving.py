@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
-from hostupdate.errors import GuestError
+from hostupdate.errors import DeadlineError, GuestError
 from hostupdate.handover import image, parked_image, ram_store
 from hostupdate.handover.saving import Saving
 from hostupdate.parked import ParkedRecord
@@ -73,12 +73,13 @@ class OwnSaving(Saving):
             os.close(pidfd)
 
     def _require_saved(self, record: ParkedRecord) -> None:
-        """GuestError: it has been resumed since. Until now it was not kept from that."""
+        """GuestError: it has been resumed since; until now it was not kept from that.
+        DeadlineError."""
         deadline_ns = time.monotonic_ns() + _STREAM_NS
         # QEMU says that a save is complete a moment before the guest's state does.
         while (status := self._host.domains.status(record.uuid)) == "finish-migrate":
             if time.monotonic_ns() >= deadline_ns:
-                break
+                raise DeadlineError(f"the end of the save of guest {record.name}", _STREAM_NS)
             time.sleep(_POLL_S)
         if status != "postmigrate":
             raise GuestError(record.name, f"it is {status} again: somebody has resumed it")

@@ -307,14 +307,19 @@ def test_ram_that_has_changed_is_not_let_run(bench: Bench, monkeypatch: pytest.M
     assert "its RAM changed" in bench.handover.problems()["a"]
 
 
-def test_a_rehearsal_that_is_cut_short_leaves_no_guest_stopped(bench: Bench) -> None:
-    """The keeper watches while the guest is stopped; libvirt may be away for a while."""
+def cut_short(bench: Bench, silent: int) -> None:
+    """A rehearsal, with libvirt away for so many calls after it."""
     bench.handover.begin_watch(act("watch"))
     bench.port.fails["rehearse"] = [SILENT]
     bench.port.before.add("end_rehearsal")
-    bench.port.fails["end_rehearsal"] = [SILENT] * 3
+    bench.port.fails["end_rehearsal"] = [SILENT] * silent
     with pytest.raises(HypervisorError):
         bench.take("rehearse")
+
+
+def test_a_rehearsal_that_is_cut_short_leaves_no_guest_stopped(bench: Bench) -> None:
+    """The keeper watches while the guest is stopped; libvirt may be away for a while."""
+    cut_short(bench, 3)
     assert bench.port.running["a"] == "old" and not bench.handover.problems()
     assert bench.hands.journal.pending.rehearsing == ""
     assert [event for event in bench.world.log if event in ("arm", "disarm")] == [
@@ -324,12 +329,7 @@ def test_a_rehearsal_that_is_cut_short_leaves_no_guest_stopped(bench: Bench) -> 
 
 
 def test_one_that_cannot_be_reached_is_told_of(bench: Bench) -> None:
-    bench.handover.begin_watch(act("watch"))
-    bench.port.fails["rehearse"] = [SILENT]
-    bench.port.before.add("end_rehearsal")
-    bench.port.fails["end_rehearsal"] = [SILENT] * 100_000
-    with pytest.raises(HypervisorError):
-        bench.take("rehearse")
+    cut_short(bench, 100_000)
     assert "its rehearsal has stopped it" in bench.handover.problems()["a"]
     assert bench.hands.journal.pending.rehearsing == "a"
     bench.port.fails["end_rehearsal"].clear()
