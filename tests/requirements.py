@@ -53,7 +53,10 @@ _CHECKS: dict[str, tuple[Callable[[], object], str]] = {
     "root": (lambda: os.geteuid() == 0, "must run as root"),
     "cgroup2": (_cgroup2, "no cgroup v2 tree is mounted"),
     "qemu": (lambda: shutil.which("qemu-system-x86_64"), "qemu-system-x86 is not installed"),
-    "libvirt": (lambda: shutil.which("libvirtd"), "libvirtd is not installed"),
+    "libvirt": (
+        lambda: shutil.which("libvirtd") and shutil.which("virsh"),
+        "libvirtd or virsh is not installed",
+    ),
     "container": (
         _container,
         "systemd-container and dbus are not installed, or containers cannot be run here",

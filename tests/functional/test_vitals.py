@@ -162,7 +162,9 @@ def test_an_agent_that_hangs(watched: Watched) -> None:
     before = watched.look()[0]
     command = msgspec.json.encode(act).decode()
     watched.domain(lambda domain: libvirt_qemu.qemuAgentCommand(domain, command, 5, 0))
-    silent = watched.look(2 * _SECOND_NS)[0]
+    silent = before
+    while silent.agent:  # its shell has not come to it yet
+        silent = watched.look(2 * _SECOND_NS)[0]
     assert (silent.agent, silent.ticking) == (False, None)
     assert blockers(silent) == []
     assert len(warnings(silent)) == 1
