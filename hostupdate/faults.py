@@ -9,9 +9,9 @@
                                            without a number that is the first
 
 Places in the engine are ``KIND.begin`` and ``KIND.end`` for each kind of action (``step:NAME`` for
-steps), ``rehearse.stopped`` while a guest is, and ``park.parked`` once one is, in the recovery
-``resume.WHAT``. The C core has its own, compiled in only where
-HOSTUPDATE_FAULTS was set when it was built (csrc/fault.h).
+steps), ``probe.started`` while libvirt's start of a QEMU is tried, ``rehearse.stopped`` while a
+guest is, and ``park.parked`` once one is, in the recovery ``resume.WHAT``. The C core has its own,
+compiled in only where HOSTUPDATE_FAULTS was set when it was built (csrc/fault.h).
 """
 
 from __future__ import annotations

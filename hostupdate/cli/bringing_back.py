@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from hostupdate.cli.handing_over import (
+    end_probes,
     find_pid,
     have_hook_called,
     mark_of,
@@ -123,11 +125,12 @@ def _recover(host: Host, record: ParkedRecord, emulator: str | None, *, stay: bo
         raise
 
 
-def clear_up(state: Path, config: Config) -> None:
-    """Removes what an interrupted run has left of rehearsals and of QEMUs that it kept; no guest is
-    parked any more."""
+def clear_up(state: Path, config: Config, libvirt: Callable[[], Hypervisor]) -> None:
+    """Removes what an interrupted run has left of rehearsals, of QEMUs that it kept, and of its
+    probes; no guest is parked any more. HypervisorError, DeadlineError: a probe may run still."""
     shutil.rmtree(scratch_of(state), ignore_errors=True)
     remove_idle(Path(config.paths.builds))
+    end_probes(libvirt)
 
 
 def _kept(config: Config, emulator: str) -> builds.Build | None:

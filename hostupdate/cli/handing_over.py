@@ -24,7 +24,7 @@ from hostupdate.errors import (
 )
 from hostupdate.guests import Hypervisor, capabilities
 from hostupdate.guests.command import GuestCommand
-from hostupdate.guests.parking import Parking
+from hostupdate.guests.parking import PROBES, Parking
 from hostupdate.guests.uri import embedded_root
 from hostupdate.handover import builds, inquiry, plugged, rehearsal
 from hostupdate.handover.hook import Hook
@@ -131,6 +131,7 @@ class HandoverHand:
 
     def drop_kept(self) -> None:
         remove_idle(self._builds)
+        end_probes(lambda: self._hypervisor)
 
     def warm(self, uuids: Sequence[str]) -> None:
         self._hypervisor.revive()  # steps of the stage may have started libvirt anew
@@ -350,9 +351,17 @@ def end_rehearsal(hypervisor: Hypervisor, uuid: str) -> None:
     rehearsal.recover(GuestCommand(hypervisor, uuid, _LIFE_NS))
 
 
+def end_probes(libvirt: Callable[[], Hypervisor]) -> None:
+    """What was started to see whether libvirt can start it has ended; libvirt is asked only where
+    something has not. HypervisorError, DeadlineError."""
+    if not PROBES.isdisjoint(processes.all_qemus().values()):
+        Parking(libvirt(), life_ns=_LIFE_NS).end_probes()
+
+
 def remove_idle(directory: Path) -> None:
     """What was kept, or half kept, and no guest runs under; others' builds are left alone."""
-    running = {processes.program(pid) for pid in processes.all_qemus()}
+    qemus = processes.all_qemus()
+    running = {processes.program(pid) for pid, name in qemus.items() if name not in PROBES}
     for path in directory.glob("*-*"):
         if not _KEPT.search(path.name):
             continue

@@ -163,7 +163,7 @@ class Recovery:
     def _clear_up(self) -> None:
         from hostupdate.cli.bringing_back import clear_up
 
-        clear_up(self._settings.state, self._config())
+        clear_up(self._settings.state, self._config(), lambda: self._libvirt.wait(PATIENCE_NS))
 
     def _config(self) -> Config:
         """The update may have broken it."""
@@ -202,8 +202,9 @@ class Recovery:
             if ran:
                 self.report.reasons.append(f"`hostupdate resume` let run: {', '.join(ran)}")
             self.report.reasons += [f"guest {n}: {p}" for n, p in self._result.problems.items()]
+        unclear = False
         if plan is not None and plan.actual is Impact.HANDOVER and not self._parked:
-            self._attempt("clearing up", self._clear_up)
+            unclear = not self._attempt("clearing up", self._clear_up)
         faults.point("resume.unwound")
         held = self._let_go()
         if self.report is not None:
@@ -211,7 +212,7 @@ class Recovery:
             report.reasons += self._notes
             self._attempt("the report is not kept", lambda: run.save_report(report))
         # The others run: their owners may pause them again.
-        if self._result.unfinished or held or self._parked or self._rehearsing:
+        if self._result.unfinished or held or self._parked or self._rehearsing or unclear:
             left = msgspec.structs.replace(
                 record, guests=self._result.unfinished, rehearsing=self._rehearsing
             )

@@ -80,6 +80,7 @@ class Handover:
         self.committed = False  #: some guest was let run under its new QEMU
         self.touched: set[str] = set()  #: guests that were stopped, for a rehearsal or in earnest
         self._given_up = False  #: no other guest is touched
+        self._probing = False  #: a QEMU that was tried may run still
 
     @property
     def _port(self) -> HandoverPort:
@@ -93,10 +94,24 @@ class Handover:
         self._port.keep([*self._names])
 
     def drop_kept(self) -> None:
-        """The undo of it, and its end. What a parked guest may need stays."""
+        """The undo of it, and its end. What a parked guest may need stays.
+
+        HypervisorError, DeadlineError: a QEMU that was tried may run still.
+        """
         parked = any(record.state in _PARKED for record in self._records.values())
-        if self._names and not parked and not self._problems:
-            self._port.drop_kept()
+        if not self._names or parked or self._problems:
+            return
+        while True:
+            try:
+                self._port.drop_kept()
+                self._patience_end_ns = None
+                self._probing = False
+                return
+            except (HypervisorError, DeadlineError) as error:
+                self._probing = True
+                if not self._patient():
+                    error.remedy = _RESUME
+                    raise
 
     def warm(self, _action: Action) -> None:
         """libvirt learns what the new QEMU can; it would do so in the blackout else."""
@@ -276,7 +291,10 @@ class Handover:
                 self._degrade(
                     f"guest {self._names[uuid]}: not cleared up: {error}; run `hostupdate resume`"
                 )
-        self.drop_kept()
+        try:
+            self.drop_kept()
+        except HostUpdateError as error:
+            self._degrade(f"a QEMU that was tried may run still: {error}; {error.remedy}")
         self.end_watch()
 
     def let_run(self) -> None:
@@ -353,8 +371,9 @@ class Handover:
 
     @property
     def unfinished(self) -> bool:
-        """Some guest has a record still: recovery is to see to it."""
-        return bool(self._records)
+        """Recovery is to see to it: some guest has a record still, or a QEMU that was tried may
+        run."""
+        return bool(self._records) or self._probing
 
     def problems(self) -> dict[str, str]:
         """uuid -> why the guest does not run."""

@@ -174,7 +174,8 @@ class HandoverPort(Protocol):
         """Keeps the QEMUs of these guests, whatever happens to the host's packages."""
 
     def drop_kept(self) -> None:
-        """Removes what no guest runs under."""
+        """Removes what no guest runs under, and ends what was started to be tried. Safe to repeat.
+        HypervisorError, DeadlineError: the latter may run still."""
 
     def warm(self, uuids: Sequence[str]) -> None: ...
     def rehearse(self, uuid: str, mark: Callable[[bool], None]) -> tuple[str, int | None, str]:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import libvirt
 import libvirt_qemu
 
+from hostupdate import faults
 from hostupdate.errors import DeadlineError, HypervisorError
 from hostupdate.guests import streaming
 from hostupdate.guests.hypervisor import _STATES, Hypervisor, _let_run
@@ -31,6 +32,8 @@ T = TypeVar("T")
 _BUSY = {libvirt.VIR_DOMAIN_PAUSED_SAVE, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP}
 _HOOK_PROBE = "hostupdate-hook-probe"
 _EMULATOR_PROBE = "hostupdate-emulator-probe"  #: which the hook lets pass
+#: Domains that are started to be ended at once.
+PROBES = frozenset({_HOOK_PROBE, _EMULATOR_PROBE})
 _THROWN_AWAY = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
 _EVENT_S = 1.0
 
@@ -201,12 +204,11 @@ class Parking:
         def ask(connection: Any) -> bool:
             like = ET.fromstring(connection.lookupByUUIDString(uuid).XMLDesc())
             try:
-                domain = connection.createXML(_probe(like, _HOOK_PROBE), _THROWN_AWAY)
+                _start_and_end(connection, _probe(like, _HOOK_PROBE))
             except libvirt.libvirtError as error:
                 if error.get_error_code() == libvirt.VIR_ERR_HOOK_SCRIPT_FAILED:
                     return True
                 raise
-            domain.destroy()
             return False
 
         with self._probing:  # its name is the same for all
@@ -219,8 +221,7 @@ class Parking:
 
         def start(connection: Any) -> None:
             like = ET.fromstring(connection.lookupByUUIDString(uuid).XMLDesc())
-            domain = connection.createXML(_probe(like, _EMULATOR_PROBE, emulator), _THROWN_AWAY)
-            domain.destroy()
+            _start_and_end(connection, _probe(like, _EMULATOR_PROBE, emulator))
 
         with self._probing:
             try:
@@ -231,6 +232,12 @@ class Parking:
                     "or SELinux lets libvirt start it there"
                 )
                 raise
+
+    def end_probes(self) -> None:
+        """Ends what a probe has left: a daemon that was started anew has forgotten that its QEMU
+        goes with our connection. No error where there is nothing."""
+        with self._probing:
+            self._call("end a probe", _end_probes, self._life_ns)
 
     def watch(self) -> None:
         """From now on, until the daemon ends, stops and resumes are noted."""
@@ -315,6 +322,24 @@ def _described(xml: str, active: bool) -> dict[str, Any]:
             "not supported yet"
         )
     return {"emulator": domain.findtext("devices/emulator") or "", "problem": problem}
+
+
+def _start_and_end(connection: Any, xml: str) -> None:
+    _end_probes(connection)  # of a run that died
+    domain = connection.createXML(xml, _THROWN_AWAY)
+    faults.point("probe.started")
+    domain.destroy()
+
+
+def _end_probes(connection: Any) -> None:
+    for name in PROBES:
+        try:
+            connection.lookupByName(name).destroy()
+        except libvirt.libvirtError as error:
+            # The second: it has ended meanwhile.
+            gone = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+            if error.get_error_code() not in gone:
+                raise
 
 
 def _probe(like: ET.Element, name: str, emulator: Path | None = None) -> str:

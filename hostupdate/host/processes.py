@@ -56,13 +56,16 @@ def find_qemus(uuids: Iterable[str]) -> dict[str, QemuProcess]:
     return found
 
 
-def all_qemus() -> list[int]:
-    """Every process that runs a guest of libvirt's."""
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if "-uuid" in (process.info["cmdline"] or ())
-    ]
+def all_qemus() -> dict[int, str]:
+    """Every process that runs a guest of libvirt's, with the guest's name: ``-name guest=NAME``
+    and more (qemuBuildNameCommandLine)."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        options = dict(pairwise(process.info["cmdline"] or ()))
+        if "-uuid" in options:
+            named = options.get("-name", "").partition(",")[0]
+            found[process.pid] = named.removeprefix("guest=")
+    return found
 
 
 def reload_libvirt() -> None:

@@ -254,10 +254,19 @@ class Bench:
         ]
         homes = [p for p in (self.base / "ram/libvirt/qemu").iterdir()]
         assert len(homes) == len(list(names)), "RAM of a QEMU that is gone"
-        ours = pids_naming(str(self.base))  # those of other tests' guests are none of its business
-        assert len(ours) == len(homes), "a QEMU that is no guest's"
+        self.await_no_other_qemu(len(homes))
         for name in names:
             assert not self.ignores_shared(name), f"{name}: x-ignore-shared is on"
+
+    def await_no_other_qemu(self, guests: int) -> None:
+        """One that libvirt was starting for a run that has died ends when libvirt comes to it."""
+        deadline_ns = time.monotonic_ns() + _CALL_NS
+        while len(ours := pids_naming(str(self.base))) != guests:
+            lines = [Path(f"/proc/{pid}/cmdline") for pid in ours]
+            assert time.monotonic_ns() < deadline_ns, [
+                path.read_bytes().split(b"\0")[:4] for path in lines if path.exists()
+            ]
+            time.sleep(0.1)
 
     def ignores_shared(self, name: str) -> bool:
         connection = libvirt.open(self.made.daemon.uri)

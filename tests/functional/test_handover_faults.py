@@ -74,6 +74,7 @@ keeper-grace = "500ms"
 #: Places in a run that hands one guest over after the other, in their order; those of the second
 #: guest, when the first has been let run under its new QEMU already, have a number.
 PLACES = (
+    "probe.started",
     "keep-qemu.end",
     "step:fetch.end",
     "warm.end",
@@ -179,7 +180,7 @@ def test_the_matrix_has_every_action_of_a_run(bench: Bench) -> None:
     plan = bench.lab.run("apply", str(bench.manifest), "--dry-run", "--json").data
     kinds = [f"step:{a['step']}" if a["kind"] == "step" else a["kind"] for a in plan["actions"]]
     places = {place.partition(".")[0] for place in PLACES}
-    assert places == set(kinds) - {"guard", "unguard"}
+    assert places == (set(kinds) | {"probe"}) - {"guard", "unguard"}
 
 
 @pytest.mark.parametrize(("method", "place", "fault"), CASES)

@@ -93,6 +93,7 @@ class Port:
         return 1
 
     def drop_kept(self) -> None:
+        self._fail("drop_kept", done=True)
         self.dropped = True
 
     def rehearse(self, uuid: str, mark: Callable[[bool], None]) -> tuple[str, int | None, str]:
@@ -335,3 +336,23 @@ def test_one_that_cannot_be_reached_is_told_of(bench: Bench) -> None:
     bench.port.fails["end_rehearsal"].clear()
     bench.handover.let_run()
     assert bench.port.running["a"] == "old" and not bench.handover.problems()
+
+
+def test_a_qemu_that_was_tried_is_ended_once_libvirt_is_there_again(bench: Bench) -> None:
+    bench.take("park", "unpark", "commit")
+    bench.take("park", "unpark", "commit", guest="b")
+    bench.port.fails["drop_kept"] = [HypervisorError("away"), DeadlineError("ending", 1)]
+    bench.handover.clear()
+    assert bench.port.dropped and not bench.handover.unfinished and not bench.degraded
+
+
+def test_a_qemu_that_was_tried_and_cannot_be_ended_is_left_to_recovery(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PATIENCE_NS", 0)
+    bench.take("park", "unpark", "commit")
+    bench.take("park", "unpark", "commit", guest="b")
+    bench.port.fails["drop_kept"] = [HypervisorError("away")]
+    bench.handover.clear()
+    assert bench.handover.unfinished
+    assert "may run still: away; run `hostupdate resume`" in bench.degraded[0]
