@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from xml.etree import ElementTree
-from xml.parsers import expat
 
 import msgspec
 
 from hostupdate.eligibility import RAM_FILE_SYSTEMS
 from hostupdate.errors import InputError, RefusedError
+from hostupdate.xmltext import Place, edited, places
 
 _MEMORY_BACKING = "domain/memoryBacking"
 #: Elements whose attribute may make a part of the RAM private again.
@@ -107,21 +106,23 @@ def _change_conf(text: str, setting: str) -> str:
 
 def _change_domain(text: str, on_hugetlbfs: bool) -> str:
     content = text.encode()
-    elements = _elements(content)
+    try:
+        elements = places(content)
+    except ValueError as error:
+        raise _not_a_domain(str(error)) from error
     edits = list(_shared(content, elements))
     found = next((e for e in elements if e.path == _MEMORY_BACKING), None)
     if found is not None:
         old = content[found.start : found.end].decode()
         new = _backing(old, on_hugetlbfs)
-        edits.append((found.start, found.end, new))
+        edits.append((found.start, found.end, new.encode()))
     else:
         memory = next((e for e in reversed(elements) if e.path == "domain/memory"), None)
         if memory is None:
             raise _not_a_domain("no <memory> in it")
-        edits.append((memory.end, memory.end, "\n  " + _backing("<memoryBacking/>", False)))
-    for start, end, new in sorted(edits, reverse=True):
-        content = content[:start] + new.encode() + content[end:]
-    return content.decode()
+        new = "\n  " + _backing("<memoryBacking/>", False)
+        edits.append((memory.end, memory.end, new.encode()))
+    return edited(content, edits).decode()
 
 
 def _backing(text: str, on_hugetlbfs: bool) -> str:
@@ -149,47 +150,13 @@ def _backing(text: str, on_hugetlbfs: bool) -> str:
     return ElementTree.tostring(element, encoding="unicode").strip()
 
 
-def _shared(content: bytes, elements: list[_Place]) -> Iterator[tuple[int, int, str]]:
+def _shared(content: bytes, elements: list[Place]) -> Iterator[tuple[int, int, bytes]]:
     for element in elements:
         attribute = _PRIVATE.get(element.path)
         if attribute and element.attributes.get(attribute) == "private":
             tag = content[element.start : content.index(b">", element.start)].decode()
             new = re.sub(rf"({attribute}\s*=\s*[\"'])private", r"\1shared", tag)
-            yield element.start, element.start + len(tag.encode()), new
-
-
-@dataclass(slots=True)
-class _Place:
-    """Where an element stands, in bytes: ``start`` to ``end`` is all of it."""
-
-    path: str
-    attributes: dict[str, str]
-    start: int
-    end: int = 0
-
-
-def _elements(content: bytes) -> list[_Place]:
-    found: list[_Place] = []
-    open_: list[_Place] = []
-    parser = expat.ParserCreate()
-
-    def start(name: str, attributes: dict[str, str]) -> None:
-        path = f"{open_[-1].path}/{name}" if open_ else name
-        open_.append(_Place(path, attributes, parser.CurrentByteIndex))
-        found.append(open_[-1])
-
-    def end(_name: str) -> None:
-        place, at = open_.pop(), parser.CurrentByteIndex
-        # For <empty/> expat stands behind it already.
-        place.end = content.index(b">", at) + 1 if content.startswith(b"</", at) else at
-
-    parser.StartElementHandler = start
-    parser.EndElementHandler = end
-    try:
-        parser.Parse(content, True)
-    except expat.ExpatError as error:
-        raise _not_a_domain(str(error)) from error
-    return found
+            yield element.start, element.start + len(tag.encode()), new.encode()
 
 
 def _not_a_domain(problem: str) -> InputError:

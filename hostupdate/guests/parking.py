@@ -197,6 +197,20 @@ class Parking:
         """Removes libvirt's image of the guest. HypervisorError: also where there is none."""
         self._of("remove a saved image", uuid, lambda domain: domain.managedSaveRemove())
 
+    def drop_metadata(self, uuid: str, namespace: str) -> None:
+        """Takes what is there of that namespace out of the metadata of a guest that has a QEMU. No
+        error where nothing is there, or the guest has none."""
+
+        def drop(domain: Any) -> None:
+            kind, live = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_LIVE
+            try:
+                domain.setMetadata(kind, None, None, namespace, live)
+            except libvirt.libvirtError:
+                if domain.isActive():
+                    raise
+
+        self._of("change a guest's metadata", uuid, drop)
+
     def hook_is_called(self, uuid: str) -> bool:
         """Whether libvirt asks our hook before it starts a guest like this one: it is asked to
         start one of a name that the hook refuses before there is a QEMU."""

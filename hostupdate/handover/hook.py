@@ -78,12 +78,12 @@ class Hook:
         """From now on nobody can start the guest."""
         if not (self.state / "name" / record.name).exists():
             store(self.state / "name" / record.name, b"")
-        self._write(record, allowed=False)
+        self._write(record)
 
-    def allow(self, record: ParkedRecord) -> None:
-        """This process, while it lives, can have libvirt start the guest on its RAM. Not flushed
-        to disk: in another boot it means nothing."""
-        self._write(record, allowed=True)
+    def allow(self, record: ParkedRecord, ticket: str) -> None:
+        """While this process lives, libvirt can start the guest on its RAM from an image that has
+        the ``ticket`` in its metadata. Not flushed to disk: in another boot it means nothing."""
+        self._write(record, ticket)
 
     def release(self, record: ParkedRecord) -> None:
         """Everybody can start the guest. Safe to repeat."""
@@ -94,10 +94,10 @@ class Hook:
         """Whether the guest is kept from being started."""
         return (self.state / record.uuid).exists()
 
-    def _write(self, record: ParkedRecord, *, allowed: bool) -> None:
+    def _write(self, record: ParkedRecord, ticket: str = "") -> None:
         lines = [f"run {record.run_id}"]
-        if allowed:
-            lines.append(f"unpark {os.getpid()} {_started()}")
+        if ticket:
+            lines.append(f"unpark {os.getpid()} {_started()} {ticket}")
         lines += [
             f"directory {record.ram_directory}",
             f"short {record.short_name}",
@@ -106,7 +106,7 @@ class Hook:
             "end",
         ]
         text = "\n".join(lines) + "\n"
-        store(self.state / record.uuid, text.encode(), durable=not allowed)
+        store(self.state / record.uuid, text.encode(), durable=not ticket)
 
 
 def _started() -> str:

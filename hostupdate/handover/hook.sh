@@ -19,11 +19,13 @@ set -- *-*
 [ -e "$1" ] || exit 0
 set -f
 
-id='' uuid=''
+id='' uuid='' shown=''
 while read -r line; do
 	case $line in
 	"<domain "*" id='"*) id=${line#*" id='"} id=${id%%"'"*} ;;
-	"<uuid>"*) uuid=${line#"<uuid>"} uuid=${uuid%%"<"*} && break ;;
+	"<uuid>"*) uuid=${line#"<uuid>"} uuid=${uuid%%"<"*} ;;
+	*urn:hostupdate:ticket:1*) shown=$shown$line ;;
+	"<memory "*) break ;;
 	esac
 done
 [ -n "$uuid" ] || refuse "which guest $name is cannot be told"
@@ -32,8 +34,13 @@ if [ ! -f "$uuid" ]; then
 	exit 0
 fi
 
-# PID BEGUN: the process that unparks it lives. Field 22 of /proc/PID/stat is its start.
+# PID BEGUN TICKET: the process that unparks it lives, and gave libvirt what is to be started.
+# Field 22 of /proc/PID/stat is its start.
 ours() {
+	case $shown in
+	*">$3<"*) ;;
+	*) return 1 ;;
+	esac
 	read -r stat 2>/dev/null <"/proc/$1/stat" || return 1
 	begun=$2
 	# shellcheck disable=SC2086

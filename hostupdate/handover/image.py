@@ -20,14 +20,11 @@ given to QEMU as a file, which QEMU since 11 refuses. It is stored, not compress
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import stat
 import struct
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +33,7 @@ from uuid import UUID
 
 from hostupdate.errors import DeadlineError, ImageError, PrerequisiteError
 from hostupdate.handover import domain
-from hostupdate.handover.stream import REMEDY, RamBlock, Stripped, strip
+from hostupdate.handover.stream import REMEDY, Stripped, strip
 from hostupdate.handover.unpacking import unpacked
 
 _HEADER = struct.Struct("<16s5I56s")
@@ -64,8 +61,7 @@ class SaveImage:
     """A save image in memory. ``content`` is the whole file; ``format`` is ``RAW``, ``GZIP``, or
     another that libvirt packs a stream with.
 
-    ``stream_offset_bytes`` is where the migration stream begins, ``stream_bytes`` how long it is
-    in the file (compressed, if so).
+    ``stream_offset_bytes`` is where the migration stream begins.
     """
 
     path: Path
@@ -80,15 +76,6 @@ class SaveImage:
     def stream_offset_bytes(self) -> int:
         return _HEADER.size + self.data_bytes
 
-    @property
-    def stream_bytes(self) -> int:
-        return len(self.content) - self.stream_offset_bytes
-
-    @property
-    def sha256(self) -> str:
-        """Of the whole file, hex."""
-        return hashlib.sha256(self.content).hexdigest()
-
     @cached_property
     def stripped(self) -> Stripped:
         """The stream as a QEMU without ``x-ignore-shared`` takes it. Raises ``ImageError``."""
@@ -101,22 +88,6 @@ class SaveImage:
     def guest(self) -> domain.Domain:
         """Whose image it is. Raises ``ImageError`` where the XML does not tell."""
         return domain.parse(self.xml, str(self.path))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rewritten:
-    """What ``rewrite`` left under the path.
-
-    ``changed``: false where the file was as asked for already and was not touched.
-    """
-
-    sha256: str
-    machine: str
-    blocks: tuple[RamBlock, ...]
-    changed: bool
-    image_bytes: int
-    stream_bytes: int
-    removed_bytes: int
 
 
 def read_image(path: Path) -> SaveImage:
@@ -152,89 +123,22 @@ def check(
         refuse("RAM that is not in the image", stripped.kept, dict(kept))
 
 
-def rewrite(
-    path: Path,
-    *,
-    emulator: str | None = None,
-    running: bool | None = None,
-    keep: Path | None = None,
-) -> Rewritten:
-    """Makes the image at ``path`` one that libvirt restores: stripped, gzipped.
-
-    ``emulator`` replaces the domain's emulator (absolute path), ``running`` whether libvirt lets
-    the guest run after the restore; None leaves them. The file is replaced by rename, with owner,
-    mode and extended attributes of the one before, and is on disk when this returns. What was
-    rewritten before is found to be so and is not written again. A file that is replaced is first
-    linked to ``keep``, in the same file system; a file that is there already must be that one.
-
-    Raises ``ImageError``; ``path`` is as it was then.
-    """
-    image = read_image(path)
-    stripped = image.stripped
-    if image.format == GZIP and not stripped.removed_bytes:
-        payload = image.content[image.stream_offset_bytes :]
-    else:
-        payload = gzipped(stripped.stream)
-    head = _head(
-        image.xml if emulator is None else domain.with_emulator(image.xml, emulator, str(path)),
-        image.cookie,
-        running=image.was_running if running is None else running,
-        stored=GZIP,
-        data_bytes=image.data_bytes,
-    )
-    content = head + payload
-    changed = content != image.content
-    if changed:
-        _place(path, content, like=path, keep=keep)
-    return Rewritten(
-        sha256=hashlib.sha256(content).hexdigest(),
-        machine=stripped.machine,
-        blocks=stripped.blocks,
-        changed=changed,
-        image_bytes=len(content),
-        stream_bytes=len(stripped.stream),
-        removed_bytes=stripped.removed_bytes,
-    )
-
-
-def craft(xml: str, cookie: str, stream: bytes, *, running: bool, source: str = "stream") -> bytes:
-    """A save image as ``rewrite`` leaves one, from its parts; ``cookie`` may be empty.
-
-    Raises ``ImageError`` for a ``stream`` that ``strip`` refuses; ``source`` names it there.
-    """
-    return head(xml, cookie, running=running, stored=GZIP) + gzipped(strip(stream, source).stream)
-
-
 def head(xml: str, cookie: str, *, running: bool, stored: int) -> bytes:
-    """What is before the stream in an image; ``stored`` is ``RAW`` or ``GZIP``."""
-    return _head(xml, cookie, running=running, stored=stored, data_bytes=0)
-
-
-def place(path: Path, content: bytes) -> None:
-    """Puts an image at ``path``, whole or not at all, mode 0600, on disk when this returns.
-
-    Replaces what is there, except that owner, mode and extended attributes of it stay. Raises
-    ``ImageError``.
-    """
-    _place(path, content, like=path if path.exists() else None, keep=None)
+    """What is before the stream in an image; ``stored`` is ``RAW`` or ``GZIP``, ``cookie`` may be
+    empty."""
+    text = xml.encode() + b"\0"
+    offset = len(text) if cookie else 0
+    if cookie:
+        text += cookie.encode() + b"\0"
+    data_bytes = len(text) + _PADDING_BYTES
+    fields = (_MAGIC, _VERSION, data_bytes, int(running), stored, offset, _UNUSED)
+    return _HEADER.pack(*fields) + text.ljust(data_bytes, b"\0")
 
 
 def gzipped(stream: bytes) -> bytes:
     """The same bytes for the same stream: without a time in it."""
     press = zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, _GZIP_WINDOW)
     return press.compress(stream) + press.flush()
-
-
-def _head(xml: str, cookie: str, *, running: bool, stored: int, data_bytes: int) -> bytes:
-    """``data_bytes`` is taken where XML and cookie fit into it."""
-    text = xml.encode() + b"\0"
-    offset = len(text) if cookie else 0
-    if cookie:
-        text += cookie.encode() + b"\0"
-    if len(text) > data_bytes:
-        data_bytes = len(text) + _PADDING_BYTES
-    fields = (_MAGIC, _VERSION, data_bytes, int(running), stored, offset, _UNUSED)
-    return _HEADER.pack(*fields) + text.ljust(data_bytes, b"\0")
 
 
 def read(path: Path) -> bytes:
@@ -349,50 +253,3 @@ def _unpack_by_program(program: str, payload: bytes) -> tuple[bytes, str]:
     except (PrerequisiteError, DeadlineError) as error:
         return b"", f"cannot be unpacked: {error}{error.remedy and '; '}{error.remedy}"
     return (stream, "") if stream is not None else (b"", f"{program} cannot unpack it")
-
-
-def _place(path: Path, content: bytes, *, like: Path | None, keep: Path | None) -> None:
-    new = path.with_name(path.name + ".new")
-    try:
-        with suppress(FileNotFoundError):
-            new.unlink()  # of a run that was killed
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(new, flags, 0o600), "wb") as file:
-            try:
-                file.write(content)
-                file.flush()
-                if like is not None:
-                    status = like.stat()
-                    os.fchown(file.fileno(), status.st_uid, status.st_gid)
-                    shutil.copystat(like, new)  # mode, extended attributes
-                    os.utime(new)
-                os.fsync(file.fileno())
-                if keep is not None:
-                    _link(path, keep)
-                new.rename(path)
-            except BaseException:
-                new.unlink(missing_ok=True)
-                raise
-        _sync(path.parent)
-    except OSError as error:
-        problem = f"cannot be written: {error}"
-        raise ImageError(str(path), "file", None, problem, remedy=REMEDY) from error
-
-
-def _link(path: Path, keep: Path) -> None:
-    try:
-        os.link(path, keep)
-    except FileExistsError:
-        if not keep.samefile(path):
-            problem = f"another image is kept at {keep}"
-            remedy = "finish or undo the run that it belongs to: `hostupdate status`"
-            raise ImageError(str(path), "file", None, problem, remedy=remedy) from None
-    _sync(keep.parent)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

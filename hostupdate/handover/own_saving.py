@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hostupdate.errors import DeadlineError, GuestError
-from hostupdate.handover import image, parked_image, ram_store
+from hostupdate.handover import image, parked_image, ram_store, records
 from hostupdate.handover.saving import Saving
 from hostupdate.parked import ParkedRecord
 
@@ -60,7 +60,8 @@ class OwnSaving(Saving):
                 raise GuestError(record.name, "its QEMU process was not found")
             stream = self._stream(record)
             head = image.head(xml, cookie, running=record.was_running, stored=image.RAW)
-            image.place(Path(record.guard), head + stream)
+            spare = self._host.records.spare(record.uuid)
+            records.store(Path(record.guard), head + stream, spare=spare)
             parked_image.checked(record, Path(record.guard))
             now, cookie_now = self._host.domains.description(record.uuid)
             if (_lasting(now), cookie_now) != (_lasting(xml), cookie):

@@ -53,9 +53,10 @@ def is_saved(record: ParkedRecord, path: Path) -> bool:
         return False
 
 
-def loadable(saved: image.SaveImage, emulator: str | None) -> bytes:
-    """What a QEMU takes that nobody told of RAM in files: the guest, paused. ImageError."""
-    xml = saved.xml
+def loadable(saved: image.SaveImage, emulator: str | None, ticket: str) -> bytes:
+    """What a QEMU takes that nobody told of RAM in files: the guest, paused, with the ``ticket``
+    by which the hook knows it. ImageError."""
+    xml = domain.with_ticket(saved.xml, ticket, str(saved.path))
     if emulator is not None:
         xml = domain.with_emulator(xml, emulator, str(saved.path))
     head = image.head(xml, saved.cookie, running=False, stored=image.GZIP)

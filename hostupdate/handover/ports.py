@@ -49,6 +49,10 @@ class Domains(Protocol):
     def forget_save(self, uuid: str) -> None:
         """Removes libvirt's image of the guest. HypervisorError: also where there is none."""
 
+    def drop_metadata(self, uuid: str, namespace: str) -> None:
+        """Of a guest that has a QEMU, what is there of that namespace. No error where nothing is,
+        or where it has none."""
+
     def hook_is_called(self, uuid: str) -> bool:
         """Whether libvirt asks our hook before it starts a guest like this one."""
 

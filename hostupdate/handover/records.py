@@ -106,9 +106,12 @@ def _store(path: Path, data: bytes, mode: int, durable: bool) -> None:
     temporary = _unfinished(path)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with suppress(FileNotFoundError):
+            temporary.unlink()  # of a run that was killed
+        # libvirt's directory of images is its QEMUs': a link of theirs is not followed.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(temporary, flags, 0o600)
         try:
-            os.fchmod(fd, 0o600)  # of a run that was killed
             while data:
                 data = data[os.write(fd, data) :]
             if durable:

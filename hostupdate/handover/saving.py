@@ -10,6 +10,7 @@ loaded is a copy, rewritten, which says of the guest that it was paused: the thi
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ from hostupdate.errors import (
     ImageError,
     PrerequisiteError,
 )
-from hostupdate.handover import candidate, parked_image, ram_store
+from hostupdate.handover import candidate, domain, parked_image, ram_store
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import erase, store
 from hostupdate.model import GuestState
@@ -141,15 +142,16 @@ class Saving:
         if problem:
             raise GuestError(record.name, f"{problem}; it stays parked")
         loadable = self._host.records.loadable(record.uuid)
+        ticket = secrets.token_hex(16)
         try:
-            data = parked_image.loadable(parked_image.intact(record), emulator)
+            data = parked_image.loadable(parked_image.intact(record), emulator, ticket)
             store(loadable, data, durable=False, spare=self._host.records.spare(record.uuid))
         except ImageError as error:
             raise GuestError(record.name, f"{error}; it stays parked") from error
         record = msgspec.structs.replace(record, state=ParkedState.STRIPPED, new_emulator=emulator)
         self._host.records.write(record)
         self._host.hook.install()
-        self._host.hook.allow(record)
+        self._host.hook.allow(record, ticket)
         try:
             try:
                 self._host.domains.restore(loadable)
@@ -157,8 +159,6 @@ class Saving:
                 facts = self.settle(record)
                 if not facts.active:
                     raise self._still_parked(record, str(error)) from error
-                if _is_let_run(facts):  # while the hook let us pass, it did so for others
-                    raise _booted(record) from error
             self.verify(record)
         except BaseException:
             self._host.hook.guard(record)
@@ -231,6 +231,7 @@ class Saving:
 
     def finish(self, record: ParkedRecord) -> None:
         """Clears up after a guest that runs. Safe to repeat."""
+        self._host.domains.drop_metadata(record.uuid, domain.NAMESPACE)
         self._forget_save(record)
         self.forget(record)
 

@@ -18,6 +18,7 @@ import pytest
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.parking import Parking
 from hostupdate.guests.scratch import ScratchGuests
+from hostupdate.handover.domain import NAMESPACE
 from hostupdate.handover.ports import Host
 from hostupdate.handover.recovery import recover
 from hostupdate.handover.saving import Saving
@@ -108,6 +109,7 @@ class Parked:
         assert self.files() == []
         assert self.state() is GuestState.RUNNING
         assert not self.domains.ignores_shared(self.uuid)
+        assert NAMESPACE not in self.virsh("dumpxml", self.name).stdout
         self.lab.assert_healthy()
 
 

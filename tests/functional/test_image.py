@@ -16,7 +16,7 @@ from uuid import UUID
 import pytest
 from qemu.qmp import QMPClient
 
-from hostupdate.handover import image
+from hostupdate.handover import domain, image, parked_image
 from hostupdate.handover.stream import strip
 from hostupdate.lab import accelerator, console
 from hostupdate.lab import image as lab_image
@@ -172,12 +172,15 @@ def test_libvirt_restores_a_rewritten_image(directory: Path) -> None:
         virsh(f"qemu-monitor-command image '{turn_on}'", "managedsave image --running")
         (path,) = root.rglob("image.save")
         kept = {"pc.ram": 16 << 20}
-        image.check(image.read_image(path), uuid=UUID(virsh("domuuid image")), kept=kept)
+        found = image.read_image(path)
+        image.check(found, uuid=UUID(virsh("domuuid image")), kept=kept)
         assert "x-ignore-shared" in virsh("start image", fails=True)
-        assert image.rewrite(path, emulator=str(other), running=False).changed
+        path.write_bytes(parked_image.loadable(found, str(other), "ticket"))
         virsh("start image")
         assert virsh("domstate image") == "paused"
         assert str(other) in virsh("dumpxml image")
+        assert "ticket" in virsh(f"metadata image {domain.NAMESPACE}")
+        assert "ticket" not in virsh("dumpxml --inactive image")
         assert not path.exists()
     finally:
         virsh("destroy image", "undefine image --managed-save", fails=None)

@@ -7,12 +7,13 @@ import shutil
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hostupdate.errors import GuestError, HypervisorError
 from hostupdate.guests.parking import Parking
-from hostupdate.handover import image, saving
+from hostupdate.handover import image, records, saving
 from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.recovery import recover
 from hostupdate.handover.saving import Saving
@@ -171,14 +172,16 @@ def test_what_somebody_does_to_it_meanwhile(
     guest: Parked, monkeypatch: pytest.MonkeyPatch, words: list[str], problem: str
 ) -> None:
     record = guest.way.prepare(guest.uuid)
-    place = image.place
+    store = records.store
 
-    def meddled(path: Path, content: bytes) -> None:
-        place(path, content)
+    def meddled(path: Path, content: bytes, **options: Any) -> None:
+        store(path, content, **options)
+        if path != guest.guard:
+            return
         done = guest.virsh(*(word.format(guest.name) for word in words))
         assert done.returncode == 0, done.stderr
 
-    monkeypatch.setattr(image, "place", meddled)
+    monkeypatch.setattr(records, "store", meddled)
     pid = pid_of(guest.uuid)
     with pytest.raises(GuestError, match=problem):
         guest.way.park(record)

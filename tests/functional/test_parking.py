@@ -22,6 +22,7 @@ from hostupdate.guests import Hypervisor
 from hostupdate.guests.parking import Parking
 from hostupdate.handover import builds, image, ram_store
 from hostupdate.handover.builds import Build
+from hostupdate.handover.domain import NAMESPACE
 from hostupdate.handover.recovery import Recovered, discard, recover
 from hostupdate.handover.ways import WAYS
 from hostupdate.lab import console
@@ -237,6 +238,27 @@ def test_nobody_else_starts_a_parked_guest(guest: Parked, how: str) -> None:
     assert guest.state() is GuestState.SHUTOFF
     assert Path(record.image).read_bytes() == image
     guest.bring_back(record)
+
+
+@pytest.mark.parametrize("how", ["start", "start --force-boot"])
+def test_nobody_else_starts_it_while_we_do(
+    guest: Parked, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The hook gives the RAM to what has our ticket only: else it would be booted on it."""
+    record = guest.park()
+    restore = Parking.restore
+
+    def late(self: Parking, path: Path) -> None:
+        verb, *options = how.split()
+        tried = guest.virsh(verb, guest.name, *options)
+        assert tried.returncode != 0 and "hostupdate resume" in tried.stderr
+        restore(self, path)
+
+    monkeypatch.setattr(Parking, "restore", late)
+    record = guest.way.unpark(record, None)
+    assert NAMESPACE in guest.virsh("dumpxml", guest.name).stdout
+    assert NAMESPACE not in guest.virsh("dumpxml", "--inactive", guest.name).stdout
+    guest.way.finish(guest.way.commit(record))
 
 
 def test_another_guest_of_its_name(guest: Parked) -> None:

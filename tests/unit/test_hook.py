@@ -10,11 +10,13 @@ import msgspec
 import pytest
 
 from hostupdate.errors import InputError, PrerequisiteError
+from hostupdate.handover.domain import with_ticket
 from hostupdate.handover.hook import Hook
 from hostupdate.parked import ParkedRecord, RamFile
 from tests.unit.test_parked import RECORD, UUID
 
 ID = 7
+TICKET = "0123456789abcdef"
 
 
 class World:
@@ -51,13 +53,22 @@ class World:
         self.hook.install()
 
     def call(
-        self, operation: str = "start", sub: str = "begin", *, name: str = "", uuid: str = UUID
+        self,
+        operation: str = "start",
+        sub: str = "begin",
+        *,
+        name: str = "",
+        uuid: str = UUID,
+        ticket: str = TICKET,
     ) -> subprocess.CompletedProcess[str]:
         name = name or self.record.name
         xml = (
             f"<domain type='kvm' id='{ID}' xmlns:q='x'>\n  <name>{name}</name>\n"
             f"  <uuid>{uuid}</uuid>\n  <memory unit='KiB'>1</memory>\n" + " <x/>\n" * 20000
         )
+        if ticket:
+            xml = with_ticket(xml + "</domain>", ticket, "test")
+            xml = xml.replace("<metadata>", "\n  <metadata>")  # as libvirt writes it
         return subprocess.run(
             [self.hook.path, name, operation, sub, "-"],
             input=xml,
@@ -88,7 +99,7 @@ def passes(ended: subprocess.CompletedProcess[str]) -> bool:
 def test_its_ram_is_given_back_to_whom_we_start(tmp_path: Path, name: str) -> None:
     world = World(tmp_path, name)
     world.hook.guard(world.record)
-    world.hook.allow(world.record)
+    world.hook.allow(world.record, TICKET)
     assert passes(world.call("prepare"))
     assert list(world.home.iterdir()) == []
     assert passes(world.call("start"))
@@ -105,7 +116,7 @@ def test_nobody_else_starts_it(world: World) -> None:
 
 def test_nor_do_we_once_we_are_dead(world: World) -> None:
     world.hook.guard(world.record)
-    world.hook.allow(world.record)
+    world.hook.allow(world.record, TICKET)
     path = world.hook.state / UUID
     text = path.read_text()
     ours = f"unpark {os.getpid()} "
@@ -118,7 +129,7 @@ def test_nor_do_we_once_we_are_dead(world: World) -> None:
 
 def test_nor_while_nobody_has_taken_note_of_our_death(world: World) -> None:
     world.hook.guard(world.record)
-    world.hook.allow(world.record)
+    world.hook.allow(world.record, TICKET)
     with subprocess.Popen(["true"]) as dead:
         stat = Path(f"/proc/{dead.pid}/stat")
         while ") Z " not in stat.read_text():
@@ -131,9 +142,19 @@ def test_nor_while_nobody_has_taken_note_of_our_death(world: World) -> None:
         assert "hostupdate resume" in world.refusal()
 
 
+@pytest.mark.parametrize("ticket", ["", "0123456789abcdee", "0123456789abcde", "0123456789abcdeff"])
+def test_nor_does_anybody_while_we_do(world: World, ticket: str) -> None:
+    """Whoever starts it at that moment, without our image, would boot it on its parked RAM."""
+    world.hook.guard(world.record)
+    world.hook.allow(world.record, TICKET)
+    for operation in ("prepare", "start"):
+        assert "hostupdate resume" in world.refusal(operation=operation, ticket=ticket)
+    assert passes(world.call())
+
+
 def test_another_guest_of_its_name(world: World) -> None:
     world.hook.guard(world.record)
-    world.hook.allow(world.record)
+    world.hook.allow(world.record, TICKET)
     assert "the name g1" in world.refusal(uuid=UUID.replace("4", "5"))
 
 
@@ -165,7 +186,7 @@ def test_it_says_that_it_is_called(world: World) -> None:
 @pytest.mark.parametrize("spoil", ["missing", "longer", "replaced", "link", "directory"])
 def test_ram_that_is_not_as_it_was(world: World, spoil: str, block: int) -> None:
     world.hook.guard(world.record)
-    world.hook.allow(world.record)
+    world.hook.allow(world.record, TICKET)
     path = Path(world.record.ram[block].link)
     data = path.read_bytes()
     if spoil == "longer":
@@ -185,14 +206,14 @@ def test_ram_that_is_not_as_it_was(world: World, spoil: str, block: int) -> None
 
 def test_libvirt_keeps_ram_elsewhere(world: World) -> None:
     world.hook.guard(world.record)
-    world.hook.allow(world.record)
+    world.hook.allow(world.record, TICKET)
     world.home.rename(world.home.with_name(f"{ID}-g12"))
     assert "elsewhere" in world.call().stderr
 
 
 def test_a_file_that_is_there_already(world: World) -> None:
     world.hook.guard(world.record)
-    world.hook.allow(world.record)
+    world.hook.allow(world.record, TICKET)
     (world.home / "ram-node1").touch()
     assert "cannot be linked" in world.refusal()
 
@@ -201,7 +222,7 @@ def test_a_file_that_is_there_already(world: World) -> None:
 def test_half_of_what_it_must_know(world: World, lines: int) -> None:
     """It refuses, whatever it has done until then: libvirt removes the directory."""
     world.hook.guard(world.record)
-    world.hook.allow(world.record)
+    world.hook.allow(world.record, TICKET)
     path = world.hook.state / UUID
     text = path.read_text().splitlines(keepends=True)
     path.write_text("".join(text[:lines]))

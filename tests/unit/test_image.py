@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostupdate.errors import ImageError
-from hostupdate.handover import image, unpacking
+from hostupdate.handover import domain, image, parked_image, unpacking
 from hostupdate.handover.stream import strip
 from tests.unit.golden import golden
 
@@ -25,6 +25,7 @@ UUID_OF_SAVE = UUID("6b0c7a52-53ef-4d1a-9d1c-1f6c2b2f8f11")
 KEPT = {"pc.ram": 16 << 20}
 DATA = struct.unpack_from("<I", SAVE, 20)[0]
 STREAM = SAVE[92 + DATA :]
+TICKET = "0123456789abcdef"
 
 
 @pytest.fixture
@@ -47,65 +48,80 @@ def packed(stored: int, content: bytes) -> bytes:
     return field(28, stored)[: 92 + DATA] + content
 
 
+def crafted(xml: str, cookie: str) -> bytes:
+    return image.head(xml, cookie, running=True, stored=image.RAW) + STREAM
+
+
 def test_what_libvirt_wrote_is_read(saved: Path) -> None:
     found = image.read_image(saved)
     assert found.xml.startswith("<domain type='qemu'")
     assert found.cookie.startswith("<cookie>")
     assert found.was_running and found.format == image.RAW
     assert found.content[found.stream_offset_bytes :] == STREAM
-    assert found.stream_bytes == len(STREAM)
     assert found.guest.name == "golden"
     assert found.guest.uuid == UUID_OF_SAVE
     assert found.guest.machine == found.stripped.machine == "pc-i440fx-7.2"
     assert found.guest.emulator == "/usr/bin/qemu-system-x86_64"
 
 
-def test_an_image_is_rewritten_once(saved: Path) -> None:
+def test_what_a_qemu_loads(saved: Path) -> None:
+    """The same guest, paused, its stream stripped, all else to the byte as it was."""
     before = image.read_image(saved)
-    done = image.rewrite(saved)
-    after = image.read_image(saved)
-    assert done.changed and done.removed_bytes == before.stripped.removed_bytes > 0
-    assert (after.xml, after.cookie, after.was_running) == (before.xml, before.cookie, True)
-    assert after.format == image.GZIP and after.data_bytes == DATA
-    assert gzip.decompress(after.content[after.stream_offset_bytes :]) == strip(STREAM).stream
-    assert done.sha256 == after.sha256 and done.machine == "pc-i440fx-7.2"
-    assert {block.name for block in done.blocks if block.kept} == set(KEPT)
-    assert saved.stat().st_mode & 0o7777 == 0o640
-    inode = saved.stat().st_ino
-    again = image.rewrite(saved)
-    assert not again.changed and again.sha256 == done.sha256
-    assert saved.stat().st_ino == inode
-    assert os.listdir(saved.parent) == [saved.name]
-
-
-def test_owner_and_mode_stay(saved: Path) -> None:
-    if os.geteuid():
-        pytest.skip("only root gives files away")
-    os.chown(saved, 1234, 2345)
-    image.rewrite(saved)
-    status = saved.stat()
-    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (1234, 2345, 0o640)
-
-
-def test_emulator_and_state_are_replaced_and_nothing_else(saved: Path) -> None:
-    before = image.read_image(saved)
-    image.rewrite(saved)
-    done = image.rewrite(saved, emulator="/opt/a & b/qemu", running=False)
-    after = image.read_image(saved)
-    assert done.changed
+    assert before.stripped.removed_bytes > 0
+    after = image.parse(Path("x"), parked_image.loadable(before, "/opt/a & b/qemu", TICKET))
     old, new = "/usr/bin/qemu-system-x86_64</emulator>", "/opt/a &amp; b/qemu</emulator>"
-    assert after.xml == before.xml.replace(old, new) != before.xml
+    uuid = f"<uuid>{UUID_OF_SAVE}</uuid>"
+    metadata = f"{uuid}<metadata>{element(TICKET)}</metadata>"
+    assert after.xml == before.xml.replace(old, new).replace(uuid, metadata)
     assert after.guest.emulator == "/opt/a & b/qemu"
     assert after.cookie == before.cookie and not after.was_running
-    assert not image.rewrite(saved, emulator="/opt/a & b/qemu", running=False).changed
+    assert after.format == image.GZIP
+    assert gzip.decompress(after.content[after.stream_offset_bytes :]) == strip(STREAM).stream
+    assert after.stripped.removed_bytes == 0
 
 
-def test_an_xml_that_outgrows_its_padding_gets_more(saved: Path) -> None:
+def test_an_emulator_that_is_not_named_stays(saved: Path) -> None:
+    found = image.parse(Path("x"), parked_image.loadable(image.read_image(saved), None, TICKET))
+    assert found.guest.emulator == "/usr/bin/qemu-system-x86_64"
+
+
+def test_an_xml_of_any_length_has_room_behind_it(saved: Path) -> None:
     emulator = "/" + "x" * 70_000
-    image.rewrite(saved, emulator=emulator)
-    after = image.read_image(saved)
-    assert after.guest.emulator == emulator
-    assert after.data_bytes > DATA and after.stripped.removed_bytes == 0
+    read = image.read_image(saved)
+    after = image.parse(Path("x"), parked_image.loadable(read, emulator, TICKET))
+    assert after.guest.emulator == emulator and after.data_bytes > 70_000 + (64 << 10)
+
+
+def element(ticket: str) -> str:
+    start = '<hostupdate:ticket xmlns:hostupdate="urn:hostupdate:ticket:1">'
+    return f"{start}{ticket}</hostupdate:ticket>"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("<a/><uuid>u</uuid><b/>", f"<a/><uuid>u</uuid><metadata>{element('t')}</metadata><b/>"),
+        ("<metadata/>", f"<metadata>{element('t')}</metadata>"),
+        ("<metadata x='1'>é <y/></metadata>", f"<metadata x='1'>{element('t')}é <y/></metadata>"),
+        (f"<metadata> {element('old')}</metadata>", f"<metadata>{element('t')} </metadata>"),
+        (
+            f"<metadata><x y='/'/>{element('').replace('></', '/></')}</metadata>".replace(
+                "</hostupdate:ticket>", ""
+            ),
+            f"<metadata>{element('t')}<x y='/'/></metadata>",
+        ),
+    ],
+)
+def test_a_ticket_is_put_among_what_owners_have_there(before: str, after: str) -> None:
+    before, after = (f"<domain>{text}</domain>" for text in (before, after))
+    assert domain.with_ticket(before, "t", "x") == after
+    assert domain.with_ticket(after, "t", "x") == after
+
+
+@pytest.mark.parametrize("xml", ["<domain/>", "<domain>"])
+def test_an_xml_that_takes_no_ticket(xml: str) -> None:
+    with pytest.raises(ImageError):
+        domain.with_ticket(xml, "t", "x")
 
 
 @pytest.mark.parametrize(
@@ -118,69 +134,29 @@ def test_an_xml_that_outgrows_its_padding_gets_more(saved: Path) -> None:
             "/q",
             "2 of them",
         ),
-        ("<domain><devices><emulator/></devices></domain>", "/q", "not written as libvirt"),
-        ("<domain><devices><emulator x='>'>/a</emulator></devices></domain>", "/q", "not written"),
         ("<domain><devices>", "/q", "no element found"),
         ("<domain><devices><emulator>/a</emulator></devices></domain>", "q", "no absolute path"),
         ("<domain><devices><emulator>/a</emulator></devices></domain>", "/q\n", "no absolute path"),
     ],
 )
-def test_an_emulator_that_cannot_be_replaced_is_told(
-    tmp_path: Path, xml: str, emulator: str, problem: str
-) -> None:
-    path = tmp_path / "x.save"
-    path.write_bytes(image.craft(xml, "", STREAM, running=True))
-    before = path.read_bytes()
+def test_an_emulator_that_cannot_be_replaced_is_told(xml: str, emulator: str, problem: str) -> None:
     with pytest.raises(ImageError, match=problem):
-        image.rewrite(path, emulator=emulator)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.save"]
+        domain.with_emulator(xml, emulator, "x")
 
 
-def test_a_crafted_image_is_what_a_rewrite_leaves(saved: Path) -> None:
-    read = image.read_image(saved)
-    image.rewrite(saved)
-    assert image.craft(read.xml, read.cookie, STREAM, running=True) == saved.read_bytes()
-    stripped = strip(STREAM).stream
-    assert image.craft(read.xml, read.cookie, stripped, running=True) == saved.read_bytes()
+@pytest.mark.parametrize("written", ["<emulator/>", "<emulator x='>'>/a</emulator>"])
+def test_an_emulator_may_be_written_in_any_way(written: str) -> None:
+    xml = f"<domain><devices>{written}</devices></domain>"
+    wanted = "<domain><devices><emulator>/q</emulator></devices></domain>"
+    assert domain.with_emulator(xml, "/q", "x") == wanted
 
 
 @pytest.mark.parametrize("cookie", ["", "<cookie/>"])
-def test_a_placed_image_is_read_back(tmp_path: Path, cookie: str) -> None:
-    path = tmp_path / "placed.save"
-    image.place(path, image.craft("<domain>é</domain>", cookie, STREAM, running=False))
-    found = image.read_image(path)
-    assert (found.xml, found.cookie, found.was_running) == ("<domain>é</domain>", cookie, False)
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert not image.rewrite(path).changed
-
-
-def test_the_original_is_kept_where_asked(saved: Path) -> None:
-    keep = saved.with_name("original")
-    image.rewrite(saved, keep=keep)
-    assert keep.read_bytes() == SAVE
-    image.rewrite(saved, keep=keep)  # nothing left to do
-    with pytest.raises(ImageError, match="another image is kept"):
-        image.rewrite(saved, running=False, keep=keep)
-    assert keep.read_bytes() == SAVE and sorted(os.listdir(saved.parent)) == [saved.name, keep.name]
-    assert image.read_image(saved).was_running
-
-
-def test_a_rewrite_that_was_killed_is_done_again(saved: Path) -> None:
-    keep = saved.with_name("original")
-    os.link(saved, keep)
-    saved.with_name(saved.name + ".new").write_bytes(b"half")
-    assert image.rewrite(saved, keep=keep).changed
-    assert keep.read_bytes() == SAVE and len(os.listdir(saved.parent)) == 2
-
-
-def test_a_disk_that_is_full_leaves_the_image(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(image.os, "fsync", full)
-    with pytest.raises(ImageError, match="No space left"):
-        image.rewrite(saved)
-    assert saved.read_bytes() == SAVE and os.listdir(saved.parent) == [saved.name]
+def test_an_image_that_was_made_is_read_back(cookie: str) -> None:
+    content = crafted("<domain>é</domain>", cookie)
+    found = image.parse(Path("x"), content)
+    assert (found.xml, found.cookie, found.was_running) == ("<domain>é</domain>", cookie, True)
+    assert found.stripped.kept == KEPT
 
 
 @pytest.mark.parametrize(
@@ -226,10 +202,9 @@ def test_what_is_no_handovers_image_is_refused(
     path = tmp_path / "bad.save"
     path.write_bytes(content)
     with pytest.raises(ImageError, match=problem) as raised:
-        image.rewrite(path)
+        _ = image.read_image(path).stripped
     assert raised.value.field == where
     assert str(raised.value).startswith(f"{path}: {where}") and raised.value.remedy
-    assert path.read_bytes() == content and os.listdir(tmp_path) == ["bad.save"]
 
 
 def test_an_image_with_the_guests_ram_is_not_even_read(saved: Path) -> None:
@@ -251,8 +226,7 @@ def test_only_a_regular_file_is_an_image(saved: Path) -> None:
 
 def test_a_gzipped_image_of_libvirts_own_is_stripped_too(saved: Path) -> None:
     saved.write_bytes(gzip_of(STREAM))
-    assert image.rewrite(saved).removed_bytes > 0
-    assert image.read_image(saved).stripped.removed_bytes == 0
+    assert image.read_image(saved).stripped.stream == strip(STREAM).stream
 
 
 @pytest.mark.parametrize(("stored", "press"), [(2, bz2.compress), (3, lzma.compress)])
@@ -263,9 +237,6 @@ def test_an_image_that_a_program_packed_is_unpacked(
     wanted = image.read_image(saved).stripped.stream
     saved.write_bytes(packed(stored, press(STREAM)))
     assert image.read_image(saved).stripped.stream == wanted
-    assert image.rewrite(saved).changed
-    found = image.read_image(saved)
-    assert found.format == image.GZIP and found.stripped.stream == wanted
 
 
 @pytest.mark.parametrize(
@@ -311,11 +282,10 @@ def test_the_xml_and_the_stream_are_of_one_machine(saved: Path) -> None:
 @pytest.mark.parametrize(
     "xml", ["", "<x/>", "<domain/>", "<domain><uuid>7</uuid></domain>", "<domain>"]
 )
-def test_an_xml_without_a_guest_is_refused(tmp_path: Path, xml: str) -> None:
-    path = tmp_path / "x.save"
-    path.write_bytes(image.craft(xml or " ", "", STREAM, running=True))
+def test_an_xml_without_a_guest_is_refused(xml: str) -> None:
+    found = image.parse(Path("x"), crafted(xml or " ", ""))
     with pytest.raises(ImageError, match="XML"):
-        image.check(image.read_image(path), uuid=UUID_OF_SAVE, kept=KEPT)
+        image.check(found, uuid=UUID_OF_SAVE, kept=KEPT)
 
 
 @given(st.integers(0, 91), st.integers(1, 255))

@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "hostupdate"
 ROWS = {
     "words": {
         *("errors", "durations", "manifest", "config", "guestpolicy", "model", "rivals", "parked"),
+        "xmltext",
     },
     "judgement": {
         *("plan", "prediction", "impact", "rollout", "events", "timeline", "skew", "vitals"),
