@@ -31,12 +31,13 @@ class ParkedState(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainFacts:
     """What libvirt says of a guest. ``busy``: it is saving, starting or moving the guest right now.
-    ``problem`` says why it cannot be parked, as far as its definition tells; empty where it can."""
+    ``restored``: it is paused as a restore leaves it, and has not run since. ``problem`` says why
+    it cannot be parked, as far as its definition tells; empty where it can."""
 
     name: str
     state: GuestState
     busy: bool
-    paused_by_owner: bool
+    restored: bool
     persistent: bool
     emulator: str
     memory_bytes: int
@@ -46,6 +47,12 @@ class DomainFacts:
     def active(self) -> bool:
         """It has a QEMU."""
         return self.state in (GuestState.RUNNING, GuestState.PAUSED)
+
+    @property
+    def let_run(self) -> bool:
+        """It runs or did under the QEMU that it has, whatever has stopped it since: its owner, or a
+        disk that is full. Its RAM has moved on."""
+        return self.active and not self.restored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +74,13 @@ class RamFile(msgspec.Struct, frozen=True, kw_only=True):
     device: int
 
 
-class ParkedRecord(msgspec.Struct, frozen=True, kw_only=True):
+class ParkedRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One guest. Paths are absolute.
 
     ``guard`` is the image where libvirt keeps it: it loads under no QEMU as it is, and so keeps
     others from starting the guest. ``image`` is our copy of it. ``ram_directory`` holds a
     directory ``ID-short_name`` for each running guest. ``stopped_*_ns``: the STOP event.
+    ``problem``: why it must not be let run, as long as nobody says that it is all the same.
     """
 
     run_id: str
@@ -95,6 +103,7 @@ class ParkedRecord(msgspec.Struct, frozen=True, kw_only=True):
     skew_ns: int | None = None  #: its real time minus the host's, before the pause
     stopped_monotonic_ns: int | None = None
     stopped_realtime_ns: int | None = None
+    problem: str = ""
 
     @property
     def moved_on(self) -> bool:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-import libvirt_qemu
-
-from hostupdate.errors import HypervisorError
+from hostupdate.guests import streaming
 from hostupdate.guests.hypervisor import Hypervisor
+
+#: What a command that is done when nobody waits for it any more must not leave behind.
+_UNDO = {"stop": streaming.go_on, "migrate-set-capabilities": streaming.heed_shared}
 
 
 class GuestCommand:
     """Commands to the guest ``uuid``. libvirt marks its QEMU as ``custom-monitor`` in its log.
 
-    Raises HypervisorError where libvirt or QEMU answers with an error, DeadlineError.
+    Raises HypervisorError where libvirt or QEMU answers with an error, DeadlineError: of a ``stop``
+    or a capability that comes after it, the undo follows at once.
     """
 
     def __init__(self, hypervisor: Hypervisor, uuid: str, timeout_ns: int) -> None:
@@ -24,16 +25,12 @@ class GuestCommand:
         self._timeout_ns = timeout_ns
 
     def __call__(self, name: str, arguments: Mapping[str, Any], *, fd: int | None = None) -> Any:
-        text = json.dumps({"execute": name, "arguments": arguments}, separators=(",", ":"))
-
-        def send(connection: Any) -> str:
+        def send(connection: Any) -> tuple[Any, Any]:
             domain = connection.lookupByUUIDString(self._uuid)
-            if fd is None:
-                return str(libvirt_qemu.qemuMonitorCommand(domain, text, 0))
-            answer, _files = libvirt_qemu.qemuMonitorCommandWithFiles(domain, text, [fd], 0)
-            return str(answer)
+            return streaming.command(domain, name, arguments, fd), domain
 
-        answer = json.loads(self._hypervisor.call(f"monitor {name}", send, self._timeout_ns))
-        if "error" in answer:
-            raise HypervisorError(f"QEMU: {name}: {answer['error']['desc']}")
-        return answer["return"]
+        def late(answered: tuple[Any, Any]) -> None:
+            if name in _UNDO:
+                _UNDO[name](answered[1])
+
+        return self._hypervisor.call(f"monitor {name}", send, self._timeout_ns, late)[0]

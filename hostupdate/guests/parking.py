@@ -62,8 +62,8 @@ class Parking:
                     name=domain.name(),
                     state=_STATES.get(number, GuestState.UNKNOWN),
                     busy=number == libvirt.VIR_DOMAIN_PAUSED and reason in _BUSY,
-                    paused_by_owner=number == libvirt.VIR_DOMAIN_PAUSED
-                    and reason == libvirt.VIR_DOMAIN_PAUSED_USER,
+                    restored=number == libvirt.VIR_DOMAIN_PAUSED
+                    and reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
                     persistent=bool(domain.isPersistent()),
                     memory_bytes=domain.info()[1] * 1024,
                     **_described(domain.XMLDesc(), active),
@@ -77,9 +77,14 @@ class Parking:
 
     def set_ignore_shared(self, uuid: str, on: bool) -> None:
         """A save leaves out RAM that lies in files, or does not. Taints the instance for libvirt
-        ("custom-monitor"): a line in its log."""
-        state = [{"capability": "x-ignore-shared", "state": on}]
-        self._monitor(uuid, "migrate-set-capabilities", {"capabilities": state})
+        ("custom-monitor"): a line in its log. A DeadlineError leaves it off, whenever the command
+        is done."""
+        self._of(
+            "set x-ignore-shared",
+            uuid,
+            lambda domain: streaming.ignore_shared(domain, on),
+            on_late=streaming.heed_shared,
+        )
 
     def ignores_shared(self, uuid: str) -> bool:
         """Whether a save would leave out RAM that lies in files."""
@@ -201,15 +206,18 @@ class Parking:
         """Takes what is there of that namespace out of the metadata of a guest that has a QEMU. No
         error where nothing is there, or the guest has none."""
 
-        def drop(domain: Any) -> None:
+        def drop(connection: Any) -> None:
             kind, live = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_LIVE
             try:
+                domain = connection.lookupByUUIDString(uuid)
                 domain.setMetadata(kind, None, None, namespace, live)
-            except libvirt.libvirtError:
-                if domain.isActive():
+            except libvirt.libvirtError as error:
+                # The second: it has no QEMU.
+                gone = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+                if error.get_error_code() not in gone:
                     raise
 
-        self._of("change a guest's metadata", uuid, drop)
+        self._call("change a guest's metadata", drop)
 
     def hook_is_called(self, uuid: str) -> bool:
         """Whether libvirt asks our hook before it starts a guest like this one: it is asked to

@@ -78,6 +78,19 @@ def command(
     return answer["return"]
 
 
+def ignore_shared(domain: Any, on: bool) -> Any:
+    """A save leaves out RAM that lies in files, or does not."""
+    capability = {"capability": "x-ignore-shared", "state": on}
+    command(domain, "migrate-set-capabilities", {"capabilities": [capability]})
+    return domain
+
+
+def heed_shared(domain: Any) -> None:
+    """The undo of it. Never raises."""
+    with suppress(libvirt.libvirtError, HypervisorError):
+        ignore_shared(domain, False)
+
+
 def give(domain: Any, lent: Lent) -> Any:
     """QEMU has the descriptor. As with the others, ``domain`` is returned for its undo."""
     with lent as fd:

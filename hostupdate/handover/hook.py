@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from hostupdate.errors import InputError, PrerequisiteError
-from hostupdate.handover.records import store
+from hostupdate.handover.records import store, sync_directory
 from hostupdate.parked import ParkedRecord
 
 _MARK = b"# Installed by hostupdate:"
@@ -74,27 +74,29 @@ class Hook:
             (self.state / "name").rmdir()
             self.state.rmdir()
 
-    def guard(self, record: ParkedRecord) -> None:
-        """From now on nobody can start the guest."""
+    def guard(self, record: ParkedRecord, spare: Path | None = None) -> None:
+        """From now on nobody can start the guest. ``spare`` as :func:`store` has it."""
         if not (self.state / "name" / record.name).exists():
-            store(self.state / "name" / record.name, b"")
-        self._write(record)
+            store(self.state / "name" / record.name, b"", spare=spare)
+        self._write(record, spare=spare)
 
-    def allow(self, record: ParkedRecord, ticket: str) -> None:
+    def allow(self, record: ParkedRecord, ticket: str, spare: Path | None = None) -> None:
         """While this process lives, libvirt can start the guest on its RAM from an image that has
         the ``ticket`` in its metadata. Not flushed to disk: in another boot it means nothing."""
-        self._write(record, ticket)
+        self._write(record, ticket, spare)
 
     def release(self, record: ParkedRecord) -> None:
-        """Everybody can start the guest. Safe to repeat."""
-        (self.state / record.uuid).unlink(missing_ok=True)
-        (self.state / "name" / record.name).unlink(missing_ok=True)
+        """Everybody can start the guest, after a power failure too. Safe to repeat."""
+        for path in (self.state / record.uuid, self.state / "name" / record.name):
+            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                sync_directory(path.parent)
 
     def guards(self, record: ParkedRecord) -> bool:
         """Whether the guest is kept from being started."""
         return (self.state / record.uuid).exists()
 
-    def _write(self, record: ParkedRecord, ticket: str = "") -> None:
+    def _write(self, record: ParkedRecord, ticket: str = "", spare: Path | None = None) -> None:
         lines = [f"run {record.run_id}"]
         if ticket:
             lines.append(f"unpark {os.getpid()} {_started()} {ticket}")
@@ -106,7 +108,7 @@ class Hook:
             "end",
         ]
         text = "\n".join(lines) + "\n"
-        store(self.state / record.uuid, text.encode(), durable=not ticket)
+        store(self.state / record.uuid, text.encode(), durable=not ticket, spare=spare)
 
 
 def _started() -> str:

@@ -41,15 +41,16 @@ class OwnSaving(Saving):
 
     name: ClassVar[str] = "own-save"
 
-    def _save(self, record: ParkedRecord) -> None:
+    def _save(self, record: ParkedRecord) -> bytes:
         """GuestError: nothing has been ended; whether the guest runs, libvirt tells."""
         try:
-            self._save_and_end(record)
+            wrote = self._save_and_end(record)
         except OSError as error:
             raise GuestError(record.name, f"its QEMU cannot be ended: {error}") from error
         self.settle(record)
+        return wrote
 
-    def _save_and_end(self, record: ParkedRecord) -> None:
+    def _save_and_end(self, record: ParkedRecord) -> bytes:
         xml, cookie = self._host.domains.description(record.uuid)
         pid = self._host.find_pid(record.uuid)
         if pid is None or not ram_store.is_mapped(record, pid):
@@ -70,6 +71,7 @@ class OwnSaving(Saving):
                 self._require_saved(record)
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 _wait_gone(record, pid, pidfd)
+            return head + stream
         finally:
             os.close(pidfd)
 

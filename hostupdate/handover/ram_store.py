@@ -58,6 +58,12 @@ def find(name: str, uuid: str, pid: int) -> GuestRam:
         if not number.isdigit() or not short_name:
             raise GuestError(name, f"its RAM lies in {home}, which is not libvirt's")
         links = _top(directory) / PARKED_DIRECTORY / uuid
+        if foreign := _foreign(_top(directory)):
+            raise GuestError(
+                name, f"its RAM lies in {directory}, and {foreign}: they could take it away",
+                remedy="set memory_backing_dir in qemu.conf to a directory of root's and start it "
+                "anew",
+            )  # fmt: skip
         found = []
         for path in sorted(home.iterdir()):  # blocks plugged in later are here, not in the command
             status = path.lstat()
@@ -225,6 +231,19 @@ def _home(name: str, backends: list[dict[str, Any]]) -> Path:
 def _top(directory: Path) -> Path:
     """``memory_backing_dir``: libvirt appends libvirt/qemu to it (qemu_conf.c)."""
     return directory.parents[1] if directory.parts[-2:] == ("libvirt", "qemu") else directory
+
+
+def _foreign(directory: Path) -> str:
+    """Who else may rename what is in it, or itself; empty: nobody."""
+    real = directory.resolve()
+    for place in (directory, *directory.parents, real, *real.parents):
+        status = place.lstat()
+        if status.st_uid not in (0, os.geteuid()):
+            return f"{place} is others'"
+        shared = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+        if shared and not stat.S_ISLNK(status.st_mode):
+            return f"others may write to {place}"
+    return ""
 
 
 def _is(path: Path, ram: RamFile) -> bool:

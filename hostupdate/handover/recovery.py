@@ -5,6 +5,7 @@ What the record says is where the handover was at least; what is, libvirt and th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
@@ -14,25 +15,32 @@ from hostupdate.errors import GuestError
 from hostupdate.handover.ports import Host
 from hostupdate.handover.saving import ENDED, Saving
 from hostupdate.handover.ways import WAYS
-from hostupdate.model import GuestState
 from hostupdate.parked import ParkedRecord, ParkedState
 
 
 class Recovered(StrEnum):
     """What :func:`recover` found and did. There is no record any more."""
 
-    UNTOUCHED = "untouched"  #: it runs under its old QEMU, or its owner has ended it
+    UNTOUCHED = "untouched"  #: it is under its old QEMU
+    ENDED = "ended"  #: likewise, and its owner has ended it, or the host's end has
     UNPARKED = "unparked"  #: it was parked and runs again
     COMMITTED = "committed"  #: it had been let run under its new QEMU
 
 
 def recover(
-    host: Host, record: ParkedRecord, emulator: str | None = None, *, stay: bool = True
+    host: Host,
+    record: ParkedRecord,
+    emulator: str | None = None,
+    *,
+    stay: bool = True,
+    ran: Callable[[ParkedRecord], None] = lambda _: None,
 ) -> Recovered:
     """Lets a guest run again on its own RAM, or leaves it parked. Safe to repeat.
 
     ``emulator`` is what a parked guest comes under; None: that of its image. ``stay``: one that is
-    paused under a QEMU already stays there; else that one is ended.
+    paused under a QEMU already stays there; else that one is ended. ``ran`` is told of a guest that
+    runs, or has since, under the QEMU of that record, while there still is one; what it raises
+    leaves it there.
 
     GuestError: it stays as it is and needs a human, or another try; or it is lost, and has no
     record any more. HypervisorError and DeadlineError: libvirt does not answer; nothing is known
@@ -44,11 +52,13 @@ def recover(
             remedy="finish it with the version of hostupdate that parked it",
         )  # fmt: skip
     way = Saving(host)  # however a guest was taken down, it is brought up like this
+    if record.state is ParkedState.LINKED and host.hook.guards(record):
+        host.domains.cancel(record.uuid)  # a save whose caller is gone may stand still
     facts = way.settle(record)
     if record.state is ParkedState.LINKED:
         if facts.active or not host.hook.guards(record):
             way.abort(record)
-            return Recovered.UNTOUCHED
+            return Recovered.UNTOUCHED if facts.active else Recovered.ENDED
         if not Path(record.guard).exists():
             way.forget(record)
             raise GuestError(record.name, ENDED, remedy="look at its disks, then start it")
@@ -59,15 +69,19 @@ def recover(
                 record.name, "it was let run under its new QEMU, and has ended since",
                 remedy=_DISCARD,
             )  # fmt: skip
-        if record.was_running and facts.state is GuestState.PAUSED and not facts.paused_by_owner:
+        if record.was_running and facts.restored:
             host.domains.resume(record.uuid)
+        ran(record)
         way.finish(record)
         return Recovered.COMMITTED
     if facts.active:
         way.verify(record)  # somebody's start, or ours
-        if facts.state is GuestState.RUNNING:
+        if facts.let_run:
+            ran(record)
             way.finish(record)
             return Recovered.COMMITTED
+    if record.problem:
+        raise GuestError(record.name, record.problem, remedy=_DOUBTFUL)
     if facts.active and stay:
         back = emulator == record.old_emulator
         record = msgspec.structs.replace(
@@ -77,7 +91,9 @@ def recover(
         if facts.active:
             way.leave(record)
         record = way.unpark(record, emulator)
-    way.finish(way.commit(record))
+    record = way.commit(record)
+    ran(record)
+    way.finish(record)
     return Recovered.UNPARKED
 
 
@@ -87,6 +103,10 @@ def discard(host: Host, record: ParkedRecord) -> None:
     Saving(host).finish(record)
 
 
+_DOUBTFUL = (
+    "`virsh resume GUEST` where it is paused lets it run all the same; `virsh destroy GUEST`, then "
+    "`hostupdate resume --discard GUEST` gives it up"
+)
 _DISCARD = (
     "look at its disks, then `hostupdate resume --discard GUEST`; it can be started anew then"
 )

@@ -91,12 +91,16 @@ class Saving:
         if record.was_running is not running:
             record = msgspec.structs.replace(record, was_running=running)
             self._host.records.write(record)
+        self._host.hook.guard(record, self._host.records.spare(record.uuid))
         try:
-            self._host.hook.guard(record)
+            pid = self._same_qemu(record)
+        except GuestError:
+            self.abort(record)
+            raise
+        try:
             domains.set_ignore_shared(record.uuid, True)
-            pid = self._host.find_pid(record.uuid)
             with held(pid) if self._outlive else nullcontext():  # to unmap a GiB takes 60 ms
-                self._save(record)
+                wrote = self._save(record)
         except HostUpdateError as error:
             domains.cancel(record.uuid)
             if self.settle(record).active:
@@ -105,18 +109,30 @@ class Saving:
             if not Path(record.guard).exists():
                 self.forget(record)
                 raise GuestError(record.name, f"{ENDED}: {error}") from error
-        return self.saved(record)
+        return self.saved(record, wrote)
 
-    def _save(self, record: ParkedRecord) -> None:
-        """Leaves an image in ``record.guard``, and no QEMU."""
+    def _same_qemu(self, record: ParkedRecord) -> int:
+        """The guest's QEMU, once nobody can start another. GuestError: it is not that which
+        :meth:`prepare` has seen, or has other RAM; what is saved of it would meet the old RAM."""
+        pid = self._host.find_pid(record.uuid)
+        if pid is None or not ram_store.is_mapped(record, pid):
+            raise GuestError(record.name, "it was started anew since its handover was prepared")
+        if ram_store.find(record.name, record.uuid, pid).files != record.ram:
+            raise GuestError(record.name, "its RAM has changed since its handover was prepared")
+        return pid
+
+    def _save(self, record: ParkedRecord) -> bytes | None:
+        """Leaves an image in ``record.guard``, and no QEMU. What it wrote there itself."""
         if record.persistent:
             self._host.domains.managed_save(record.uuid)
         else:
             self._host.domains.save(record.uuid, Path(record.guard))
+        return None
 
-    def saved(self, record: ParkedRecord) -> ParkedRecord:
-        """Notes a guest that has been saved. GuestError: its image is not right."""
-        data = parked_image.checked(record, Path(record.guard))
+    def saved(self, record: ParkedRecord, wrote: bytes | None = None) -> ParkedRecord:
+        """Notes a guest that has been saved. ``wrote``: its image, where that is known better than
+        by ``record.guard``. GuestError: its image is not right."""
+        data = wrote or parked_image.checked(record, Path(record.guard))
         if record.guard != record.image:
             store(Path(record.image), data, spare=self._host.records.spare(record.uuid))
         stamp = self._host.domains.stopped(record.uuid) if record.was_running else None
@@ -151,7 +167,7 @@ class Saving:
         record = msgspec.structs.replace(record, state=ParkedState.STRIPPED, new_emulator=emulator)
         self._host.records.write(record)
         self._host.hook.install()
-        self._host.hook.allow(record, ticket)
+        self._host.hook.allow(record, ticket, self._host.records.spare(record.uuid))
         try:
             try:
                 self._host.domains.restore(loadable)
@@ -161,7 +177,7 @@ class Saving:
                     raise self._still_parked(record, str(error)) from error
             self.verify(record)
         except BaseException:
-            self._host.hook.guard(record)
+            self._host.hook.guard(record, self._host.records.spare(record.uuid))
             raise
         loadable.unlink(missing_ok=True)
         return record
@@ -173,7 +189,7 @@ class Saving:
         pid = self._host.find_pid(record.uuid)
         if pid is not None and ram_store.is_mapped(record, pid):
             return
-        if _is_let_run(facts):
+        if facts.let_run:
             raise _booted(record)
         self._host.domains.destroy(record.uuid)
         raise self._still_parked(record, "QEMU did not get its parked RAM")
@@ -184,7 +200,7 @@ class Saving:
         if record.state is ParkedState.RUNNING:
             raise _moved_on(record)
         facts = self.settle(record)
-        if _is_let_run(facts):
+        if facts.let_run:
             raise GuestError(record.name, "somebody has let it run under its new QEMU: no way back")
         if facts.active:
             self.leave(record)
@@ -241,6 +257,8 @@ class Saving:
         saved of it cannot be removed."""
         facts = self.settle(record)
         if facts.active:
+            if self._host.hook.guards(record):  # one that is dying must not lose its image as well
+                self._host.domains.status(record.uuid)
             self._erase_images(record)
             self._let_go_on(record, facts)
             # A daemon that has just been started says what it remembers, until QEMU has answered.
@@ -312,7 +330,7 @@ class Saving:
                     name=record.name,
                     state=GuestState.GONE,
                     busy=False,
-                    paused_by_owner=False,
+                    restored=False,
                     persistent=False,
                     emulator="",
                     memory_bytes=0,
@@ -330,11 +348,6 @@ class Saving:
             if not self._host.domains.hook_is_called(record.uuid):
                 remedy = _RELOAD
         return GuestError(record.name, f"{problem}; it stays parked", remedy=remedy)
-
-
-def _is_let_run(facts: DomainFacts) -> bool:
-    """Not as a restore leaves a guest."""
-    return facts.state is GuestState.RUNNING or facts.paused_by_owner
 
 
 def _booted(record: ParkedRecord) -> GuestError:
