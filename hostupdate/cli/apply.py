@@ -132,7 +132,7 @@ def command(
                 watchdogs=clocks.watchdogs(asked),
                 rivals=guard.survey(settings.uri),
                 vitals=vitals,
-                eligible=_eligible(manifest, config, hypervisor, guests),
+                eligible=_eligible(manifest, settings, config, hypervisor, guests),
                 packages=verdicts,
                 notes=notes,
             )
@@ -249,14 +249,20 @@ def _judged(
 
 
 def _eligible(
-    manifest: Manifest, config: Config, hypervisor: Hypervisor, guests: list[LocatedGuest]
+    manifest: Manifest,
+    settings: Settings,
+    config: Config,
+    hypervisor: Hypervisor,
+    guests: list[LocatedGuest],
 ) -> Mapping[str, Eligibility]:
-    """Who can be handed over, where somebody is to be."""
+    """Who can be handed over, where somebody is to be. PrerequisiteError, InputError: nobody."""
     if manifest.qemu is None and manifest.update.impact != "handover":
         return {}
-    from hostupdate.cli.handing_over import eligibility
+    from hostupdate.cli.handing_over import eligibility, parking_host
 
-    return eligibility(hypervisor, guests, config)
+    host = parking_host(settings, config, hypervisor, "")
+    host.hook.check()
+    return eligibility(hypervisor, guests, config, host)
 
 
 def _handover(

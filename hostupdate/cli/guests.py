@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import click
 import msgspec
 from rich.markup import escape
 
 from hostupdate.cli.compose import located_guests, open_cgroups, open_hypervisor, require_root
-from hostupdate.cli.handing_over import eligibility
+from hostupdate.cli.handing_over import eligibility, parking_host
 from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import MISSING, err, out, print_json, size, table
 from hostupdate.eligibility import Blocker, Eligibility
+from hostupdate.errors import InputError
 from hostupdate.model import GuestState, LocatedGuest, Protection
 from hostupdate.plan import protection_of
 
@@ -116,7 +118,10 @@ def command(settings: Settings) -> None:
     cgroups = open_cgroups(config)
     with open_hypervisor(settings, config) as hypervisor:
         located = located_guests(hypervisor, cgroups)
-        found = eligibility(hypervisor, located, config)
+        host = None
+        with suppress(InputError):  # a state directory that only a handover cannot use
+            host = parking_host(settings, config, hypervisor, "")
+        found = eligibility(hypervisor, located, config, host)
     cgroup2, lock = cgroups is not None, config.residency.lock
     rows = [_row(each, found.get(each.guest.uuid), cgroup2=cgroup2, lock=lock) for each in located]
     if settings.json:

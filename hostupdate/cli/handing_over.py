@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,13 +26,13 @@ from hostupdate.guests import Hypervisor, capabilities
 from hostupdate.guests.command import GuestCommand
 from hostupdate.guests.parking import PROBES, Parking
 from hostupdate.guests.uri import embedded_root
-from hostupdate.handover import builds, inquiry, plugged, rehearsal
+from hostupdate.handover import builds, candidate, inquiry, plugged, rehearsal
 from hostupdate.handover.hook import Hook
 from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import ParkedRecords
 from hostupdate.handover.saving import Saving
-from hostupdate.host import processes, ram_backing
+from hostupdate.host import kvm_modules, processes, ram_backing
 from hostupdate.host.memory import SAMPLE_PAGES
 from hostupdate.impact import QemuUse
 from hostupdate.model import LocatedGuest
@@ -40,6 +40,8 @@ from hostupdate.parked import ParkedRecord
 
 #: What starts or ends a QEMU: libvirt's own time-outs for both are 30 s.
 _LIFE_NS = 40_000_000_000
+#: For a QEMU that is gone to let go of KVM.
+_MODULES_NS = 500_000_000
 #: For a daemon to have read its configuration anew.
 _RELOAD_NS = 5_000_000_000
 _REPLACED = Blocker(
@@ -131,6 +133,7 @@ class HandoverHand:
 
     def drop_kept(self) -> None:
         remove_idle(self._builds)
+        self._host.hook.uninstall()
         end_probes(lambda: self._hypervisor)
 
     def warm(self, uuids: Sequence[str]) -> None:
@@ -171,7 +174,11 @@ class HandoverHand:
 
     def prepare(self, uuid: str) -> ParkedRecord:
         have_hook_called(self._host, uuid)
-        return self._way.prepare(uuid)
+        record = self._way.prepare(uuid)
+        if self._program and self._program != record.old_emulator:  # recovery goes by it
+            record = msgspec.structs.replace(record, new_emulator=self._program)
+            self._host.records.write(record)
+        return record
 
     def latest(self, record: ParkedRecord) -> ParkedRecord | None:
         return self._host.records.read(record.uuid)
@@ -236,6 +243,14 @@ class HandoverHand:
         self._way.abort(record)
         return None
 
+    def condemn(self, record: ParkedRecord, problem: str) -> ParkedRecord:
+        record = msgspec.structs.replace(record, problem=problem)
+        self._host.records.write(record)
+        return record
+
+    def modules_in_use(self) -> str:
+        return kvm_modules.in_use(_MODULES_NS)
+
     def blackout_ns(self, record: ParkedRecord) -> int | None:
         return self._way.blackout_ns(record)
 
@@ -263,10 +278,13 @@ def have_hook_called(host: Host, uuid: str) -> bool:
 
 
 def eligibility(
-    hypervisor: Hypervisor, guests: Sequence[LocatedGuest], config: Config
+    hypervisor: Hypervisor,
+    guests: Sequence[LocatedGuest],
+    config: Config,
+    host: Host | None = None,
 ) -> Mapping[str, Eligibility]:
     """Of each running guest, by uuid. A guest that cannot be asked is left out: one that is frozen
-    answers nobody."""
+    answers nobody. With ``host`` also by what parking it would meet there."""
     found = {}
     embedded = embedded_root(hypervisor.uri) is not None
     drivers = ram_backing.security_drivers()
@@ -291,10 +309,24 @@ def eligibility(
         except (HostUpdateError, OSError):
             continue
         judged = judge(facts)
+        if host is not None and not judged.blockers:
+            met = tuple(_obstacles(host, config.handover.way, uuid))
+            judged = msgspec.structs.replace(judged, blockers=met)
         if processes.is_replaced(place.pid):
             judged = msgspec.structs.replace(judged, warnings=(*judged.warnings, _REPLACED))
         found[uuid] = judged
     return found
+
+
+def _obstacles(host: Host, way: str, uuid: str) -> Iterator[Blocker]:
+    """What parking the guest would fail by, before it is touched."""
+    try:
+        facts = host.domains.facts(uuid)
+        if facts is not None:
+            candidate.linked(host, way, uuid, facts)
+    except HostUpdateError as error:
+        reason = error.problem if isinstance(error, GuestError) else str(error)
+        yield Blocker(reason=reason, remedy=error.remedy or "see to it, then ask again")
 
 
 def qemu_uses(guests: Sequence[LocatedGuest]) -> list[QemuUse]:

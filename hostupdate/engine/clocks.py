@@ -48,7 +48,8 @@ class GuestClocks:
         self._uuids = uuids
         self._before: dict[str, Skew] = {}
         self._links: dict[str, tuple[str, ...]] = {}
-        self._measured = self._corrected = False
+        self._measured = False
+        self._corrected: set[str] = set()
         offset_ns, uncertainty_ns = hands.core.host_clock()
         self.host = HostClockReport(
             before_ns=offset_ns,
@@ -110,15 +111,16 @@ class GuestClocks:
     def correct(
         self, limit_ns: int | None = None, skip: Container[str] = ()
     ) -> list[tuple[str, bool]]:
-        """Measures and sets the clocks, once a run. Returns what is not as promised, in words,
+        """Measures and sets the clocks, each once a run. Returns what is not as promised, in words,
         and whether a clock is known to be wrong, not just not known to be right.
 
         ``limit_ns`` (CLOCK_MONOTONIC) is an end before the configured one; ``skip`` are guests
-        that do not run: their agents would be waited for.
+        that do not run: their agents would be waited for. They can come in a later call.
         """
-        if self._corrected or not self._measured:
+        uuids = [uuid for uuid in self._uuids if uuid not in skip and uuid not in self._corrected]
+        if not (uuids and self._measured):
             return []
-        self._corrected = True
+        self._corrected.update(uuids)
         deadline_ns = time.monotonic_ns() + self._config.timeout_ns
         if limit_ns is not None:
             deadline_ns = min(deadline_ns, limit_ns - _LINKS_NS)
@@ -129,8 +131,7 @@ class GuestClocks:
                 target_ns=target_ns(self._config.correct, bool(trusted), self._before.get(uuid)),
                 answered=uuid in self._before,
             )
-            for uuid in self._uuids
-            if uuid not in skip
+            for uuid in uuids
         ]
         found = self._hands.clocks.correct(wishes, self.host.before_ns, deadline_ns)
         texts = {wish.uuid: self._conclude(wish, found[wish.uuid]) for wish in wishes}

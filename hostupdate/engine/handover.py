@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import msgspec
 
@@ -74,6 +75,7 @@ class Handover:
         self._digests: dict[str, str] = {}
         self._problems: dict[str, str] = {}
         self._gone_on: set[str] = set()
+        self._came_back: set[str] = set()  #: under their old QEMU
         self._patience_end_ns: int | None = None
         self.watch = Watch(hands.core, "the budget was over before a guest ran again")
         self.began = False  #: some guest may have been parked
@@ -178,6 +180,9 @@ class Handover:
         self.began = True
         self.watch.arm(self._plan.budget_ns)
         self._each(action, self._park)
+        if not action.guest and (busy := self._port.modules_in_use()):
+            for uuid in self._names:
+                self._reports[uuid].notes.append(f"while all were parked {busy}")
 
     def _park(self, uuid: str) -> None:
         self.touched.add(uuid)
@@ -237,7 +242,9 @@ class Handover:
         residency.digest = self._digests[uuid]
         residency.digest_equal = again == self._digests[uuid]
         if not residency.digest_equal:
-            raise GuestError(self._names[uuid], "its RAM changed while it was parked")
+            problem = "its RAM changed while it was parked"
+            self._records[uuid] = self._port.condemn(self._records[uuid], problem)
+            raise GuestError(self._names[uuid], problem)
 
     def _let_go(self, uuid: str) -> None:
         self._records[uuid] = self._port.commit(self._records[uuid])
@@ -254,7 +261,7 @@ class Handover:
 
     def gave_up(self, uuid: str, error: HostUpdateError) -> bool:
         """Brings the guest back. Whether the run goes on: some guest has moved on."""
-        if self._all_at_once and not self.committed:
+        if self._all_at_once and not self.some_moved_on():
             return False  # what steps did while all were parked is undone before
         self._bring_back(uuid)
         if not self.committed:
@@ -263,13 +270,26 @@ class Handover:
             self._reports[uuid].notes.append(f"it runs under its new QEMU, after {error}")
             return True
         self._given_up = True
-        where = "stays parked" if uuid in self._problems else "is under its old QEMU again"
+        where = "it has ended"
+        if uuid in self._problems:
+            where = _KNOWN[self._records[uuid].state]
+        elif uuid in self._came_back:
+            where = "it is under its old QEMU again"
         self._degrade(
-            f"{error}; {self._names[uuid]} {where}, and no other guest is parked; those that have "
-            "been let run under the new one have moved on"
+            f"{error}; guest {self._names[uuid]}: {where}, and no other guest is parked; those "
+            "that have been let run under the new one have moved on"
         )
         self.disarm()
         return True
+
+    def some_moved_on(self) -> bool:
+        """Whether a guest has been let run under its new QEMU, or may have been: what was written
+        down counts, whatever error came of it."""
+        for record in self._records.values():
+            with suppress(HostUpdateError):
+                latest = self._port.latest(record)
+                self.committed = self.committed or (latest is not None and latest.moved_on)
+        return self.committed
 
     # ---- the end, good or bad
 
@@ -287,6 +307,7 @@ class Handover:
                     self._problems[uuid] = f"{_KNOWN[saved.state]}; {_RESUME}"
                     continue
                 del self._records[uuid]
+                self._problems.pop(uuid, None)
             except HostUpdateError as error:
                 self._degrade(
                     f"guest {self._names[uuid]}: not cleared up: {error}; run `hostupdate resume`"
@@ -335,6 +356,7 @@ class Handover:
                 if saved is None:
                     del self._records[uuid]
                     self._ran_by_now(uuid)
+                    self._came_back.add(uuid)
                     self._problems.pop(uuid, None)
                     return False
                 record = saved
@@ -347,10 +369,11 @@ class Handover:
                 self._compare(uuid)
                 self._let_go(uuid)
                 self._reports[uuid].notes.append("it is under its old QEMU again")
+                self._came_back.add(uuid)
             self._problems.pop(uuid, None)
             return False
         except HostUpdateError as error:
-            problem = str(error)
+            problem = f"{error}; {error.remedy}" if error.remedy else str(error)
             again = isinstance(error, HypervisorError | DeadlineError)
         except Exception as error:  # a bug of ours: the others come back all the same
             problem = f"internal error: {type(error).__name__}: {error}"

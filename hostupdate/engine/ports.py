@@ -198,6 +198,12 @@ class HandoverPort(Protocol):
     def abort(self, record: ParkedRecord) -> ParkedRecord | None:
         """None: the guest is under its old QEMU as if nothing had been. A record: it is parked."""
 
+    def condemn(self, record: ParkedRecord, problem: str) -> ParkedRecord:
+        """Recovery does not let the guest run, for that reason, until somebody else has."""
+
+    def modules_in_use(self) -> str:
+        """What still uses KVM's modules, now that no guest has a QEMU; empty: nothing does."""
+
     def blackout_ns(self, record: ParkedRecord) -> int | None: ...
     def processes(self, uuids: Sequence[str]) -> Mapping[str, tuple[int, int]]:
         """Of each guest that has a QEMU: its pid and when it started, ticks since boot."""

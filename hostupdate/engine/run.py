@@ -104,13 +104,15 @@ class Run:
             if not self._committed:
                 self._commit()
         except BaseException as error:  # a bug of ours included: guests run before all else
-            if self._committed or self._handover.committed:
-                self._committed = True
+            if self._committed or self._handover.some_moved_on():
+                if not self._committed:
+                    self._commit()
                 self._outcomes.degrade(_words(error))
                 self._attempt("letting guests run", self._handover.let_run)
                 if self._handover.began:
                     self._attempt("setting clocks", self._correct_clocks)
                 self._attempt("clearing up", self._handover.clear)
+                self._tell_steps_left()
                 self._tell_keeper_problem()
                 self._attempt("letting others act", self._shelter.let_go)
             else:
@@ -244,7 +246,7 @@ class Run:
 
     def _correct(self, _action: Action) -> None:
         # With links held, the keeper is armed until they are up again.
-        held = self._config.clock.hold_network
+        held = self._config.clock.hold_network and self._plan.method is not None
         self._correct_clocks(self._pause.watch.deadline_ns if held else None)
 
     def _correct_clocks(self, limit_ns: int | None = None) -> None:
@@ -301,6 +303,13 @@ class Run:
         if not self._committed:
             self._commit()
 
+    def _tell_steps_left(self) -> None:
+        """The update stays, and what should have come after it has not."""
+        begun = {step.name for step in self._report.steps}
+        left = [a.step for a in self._plan.actions if a.step and a.step not in begun]
+        if left:
+            self._outcomes.degrade(f"steps that were not run any more: {', '.join(left)}")
+
     def _tell_keeper_problem(self) -> None:
         if self._handover.watch.problem:
             self._outcomes.degrade(self._handover.watch.problem)
@@ -322,6 +331,7 @@ class Run:
         self._take_back()
         if self._handover.problems():  # what kept them from running may be undone now
             self._attempt("letting guests run once more", self._handover.let_run)
+            self._attempt("setting clocks", self._correct_clocks)
             self._attempt("clearing up", self._handover.clear)
         self._tell_keeper_problem()
         if self._pause.unresumed():

@@ -261,10 +261,6 @@ class Parking:
         with self._probing:
             self._call("end a probe", _end_probes, self._life_ns)
 
-    def watch(self) -> None:
-        """From now on, until the daemon ends, stops and resumes are noted."""
-        self._call("watch guests", lambda _connection: None)
-
     def stopped(self, uuid: str) -> Stamp | None:
         """The STOP event of its last save; waits a little for one that is on its way."""
         return self._stamp(uuid, "STOP")

@@ -40,19 +40,24 @@ class Hook:
         text = files("hostupdate.handover").joinpath("hook.sh").read_bytes()
         self._text = text.replace(b"@STATE@", os.fsencode(state))
 
-    def install(self) -> None:
-        """Puts the hook where libvirt finds it, beside any other; safe to repeat, and then quick.
-        PrerequisiteError: it cannot, or another's file has its name."""
+    def check(self) -> bytes:
+        """What is there; empty: nothing. PrerequisiteError: another's file has its name."""
         try:
             there = self.path.read_bytes()
         except FileNotFoundError:
-            there = b""
+            return b""
         except OSError as error:
             raise _not_usable(self.path, error) from error
-        if there and _MARK not in there:
+        if _MARK not in there:
             raise PrerequisiteError(
                 f"{self.path} is not hostupdate's", remedy="give that hook another name"
             )
+        return there
+
+    def install(self) -> None:
+        """Puts the hook where libvirt finds it, beside any other; safe to repeat, and then quick.
+        PrerequisiteError: it cannot, or another's file has its name."""
+        there = self.check()
         try:
             if there != self._text or not os.access(self.path, os.X_OK):
                 self.path.parent.mkdir(parents=True, exist_ok=True)  # readable, as libvirt's are

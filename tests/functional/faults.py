@@ -255,6 +255,7 @@ class Bench:
         homes = [p for p in (self.base / "ram/libvirt/qemu").iterdir()]
         assert len(homes) == len(list(names)), "RAM of a QEMU that is gone"
         self.await_no_other_qemu(len(homes))
+        assert not (self.base / "etc/hooks/qemu.d/hostupdate").exists(), "our hook"
         for name in names:
             assert not self.ignores_shared(name), f"{name}: x-ignore-shared is on"
 

@@ -65,6 +65,7 @@ libvirt-saves = "{base}/lib/qemu/save"
 builds = "{base}/builds"
 [clock]
 trust-host = true
+hold-network = true
 timeout = "3s"
 tolerance = "2s"
 [deadlines]
@@ -474,6 +475,7 @@ def test_ways(bench: Bench, way: str) -> None:
     try:
         ended = bench.end(bench.apply("handover"))
         assert ended.code == 0, ended.out
+        assert all(guest["clock"]["after_ns"] is not None for guest in ended.data["guests"])
         bench.assert_each_runs_once(before)
         process = bench.apply("handover", "park.end=stop")
         assert bench.stands_still(process), process.communicate()

@@ -20,7 +20,7 @@ from libvirt_qemu import qemuMonitorEventRegister
 from hostupdate.errors import GuestError, HypervisorError
 from hostupdate.guests import Hypervisor
 from hostupdate.guests.parking import Parking
-from hostupdate.handover import builds, image, ram_store
+from hostupdate.handover import builds, image, parked_image, ram_store
 from hostupdate.handover.builds import Build
 from hostupdate.handover.domain import NAMESPACE
 from hostupdate.handover.recovery import Recovered, discard, recover
@@ -261,6 +261,49 @@ def test_nobody_else_starts_it_while_we_do(
     guest.way.finish(guest.way.commit(record))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_guest_that_was_started_anew_is_not_parked(guest: Parked, way: str) -> None:
+    """What is saved of it would meet the RAM of the time before."""
+    hands = WAYS[way](guest.host)
+    record = hands.prepare(guest.uuid)
+    guest.owner().destroy(guest.name)
+    guest.owner().start(guest.name)
+    pid = pid_of(guest.uuid)
+    with pytest.raises(GuestError, match="started anew"):
+        hands.park(record)
+    assert pid_of(guest.uuid) == pid
+    guest.assert_as_if_nothing_had_been()
+
+
+def test_a_guest_whose_ram_changed_is_let_run_by_its_owner_only(guest: Parked) -> None:
+    record = guest.way.unpark(guest.park(), None)
+    spoilt = msgspec.structs.replace(record, problem="its RAM changed while it was parked")
+    guest.host.records.write(spoilt)
+    for _ in range(2):
+        with pytest.raises(GuestError, match="its RAM changed") as caught:
+            recover(guest.host, guest.record)
+        assert "virsh resume" in caught.value.remedy
+        assert guest.state() is GuestState.PAUSED
+    assert guest.virsh("resume", guest.name).returncode == 0
+    assert recover(guest.host, guest.record) is Recovered.COMMITTED
+
+
+@pytest.mark.parametrize("stops", ["suspend", "qemu-monitor-command --hmp"])
+def test_who_was_let_run_is_never_taken_back(guest: Parked, stops: str) -> None:
+    """Whatever has stopped it since: its disks and its RAM have moved on."""
+    record = guest.way.unpark(guest.park(), None)
+    assert guest.virsh("resume", guest.name).returncode == 0
+    verb, *options = stops.split()
+    assert guest.virsh(verb, guest.name, *options, *(["stop"] if options else [])).returncode == 0
+    wait(lambda: guest.state() is GuestState.PAUSED)
+    pid = pid_of(guest.uuid)
+    with pytest.raises(GuestError, match="no way back"):
+        guest.way.rollback(record)
+    assert recover(guest.host, record, record.old_emulator, stay=False) is Recovered.COMMITTED
+    assert pid_of(guest.uuid) == pid
+    assert guest.virsh("resume", guest.name).returncode == 0
+
+
 def test_another_guest_of_its_name(guest: Parked) -> None:
     record = guest.park()
     xml = (
@@ -314,8 +357,10 @@ def test_ram_that_is_not_as_it_was(guest: Parked, spoil: str) -> None:
     with pytest.raises(GuestError, match="stays parked"):
         guest.way.unpark(record, None)
     # Nor would the hook have let it pass.
-    guest.host.hook.allow(record)
-    refused = guest.virsh("start", guest.name)
+    guest.host.hook.allow(record, "0")
+    loadable = guest.base / "loadable"
+    loadable.write_bytes(parked_image.loadable(parked_image.intact(record), None, "0"))
+    refused = guest.virsh("restore", str(loadable), "--paused")
     assert refused.returncode != 0 and "its RAM file" in refused.stderr
     guest.host.hook.guard(record)
     assert guest.state() is GuestState.SHUTOFF
@@ -405,6 +450,7 @@ def test_what_its_owner_saved_since_is_not_ours_to_remove(guest: Parked) -> None
     guest.way.finish(record)
     assert guest.guard.stat().st_size > 20 << 20
     assert guest.virsh("start", guest.name).returncode == 0
+    guest.domains.drop_metadata(guest.uuid, NAMESPACE)  # its old ticket, which opens nothing
 
 
 def test_an_abort_leaves_a_guest_that_can_be_saved(guest: Parked) -> None:
@@ -629,12 +675,13 @@ def test_a_guest_that_was_booted_behind_our_back_is_left_alone(guest: Parked) ->
 def test_a_guest_that_is_booted_while_we_unpark_it(
     guest: Parked, monkeypatch: pytest.MonkeyPatch, paused: list[str]
 ) -> None:
-    """On its parked RAM, which our hook has given back: it is not taken for the one restored."""
+    """Where libvirt calls no hook any more: it is not taken for the one restored."""
     record = guest.park()
     xml = guest.base / "booted.xml"
     xml.write_text(guest.virsh("dumpxml", guest.name).stdout)
 
     def booted(self: Parking, path: Path) -> None:
+        guest.host.hook.path.unlink()
         done = guest.virsh("create", str(xml), *paused)
         assert done.returncode == 0, done.stderr
         raise HypervisorError("the domain is there already")
@@ -643,10 +690,10 @@ def test_a_guest_that_is_booted_while_we_unpark_it(
     with pytest.raises(GuestError, match="somebody has booted it"):
         guest.way.unpark(record, None)
     pid = pid_of(guest.uuid)
-    assert pid is not None and ram_store.is_mapped(record, pid)
+    assert pid is not None and not ram_store.is_mapped(record, pid)
+    monkeypatch.undo()
     guest.owner().destroy(guest.name)
-    discard(guest.host, record)
-    boot(guest)
+    guest.bring_back(guest.record)
 
 
 def test_a_guest_that_ended_after_it_was_let_run(guest: Parked) -> None:

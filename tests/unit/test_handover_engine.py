@@ -89,6 +89,12 @@ class Port:
         del self.records[record.uuid]
         return None
 
+    def condemn(self, record: ParkedRecord, problem: str) -> ParkedRecord:
+        return self._write(record, "condemn", problem=problem)
+
+    def modules_in_use(self) -> str:
+        return "kvm_amd was in use by 1"
+
     def blackout_ns(self, _record: ParkedRecord) -> int | None:
         return 1
 
@@ -127,10 +133,11 @@ class Bench:
         self.world = World()
         self.hands = hands_of(FakeHands(self.world), [located("a"), located("b")])
         hands = self.hands
+        self.reports = {guest.uuid: guest for guest in report.guests}
         self.handover = Handover(
             plan,
             replace(hands, handover=self.port),  # type: ignore[arg-type]
-            {guest.uuid: guest for guest in report.guests},
+            self.reports,
             self.degraded.append,
             2,
         )
@@ -258,7 +265,7 @@ def test_a_guest_that_was_not_parked_is_passed_over(
     monkeypatch.setattr(bench.port, "park", away)
     bench.take("park", "unpark", "commit", guest="b")
     assert bench.port.running["a"] == "new" and "b" not in bench.port.records
-    assert "b is under its old QEMU again" in bench.degraded[0]
+    assert "guest b: it is under its old QEMU again" in bench.degraded[0]
 
 
 def test_a_guest_whose_park_nobody_noted_comes_back(bench: Bench) -> None:
@@ -356,3 +363,52 @@ def test_a_qemu_that_was_tried_and_cannot_be_ended_is_left_to_recovery(
     bench.handover.clear()
     assert bench.handover.unfinished
     assert "may run still: away; run `hostupdate resume`" in bench.degraded[0]
+
+
+def test_parked_together_one_that_may_run_keeps_the_others_from_being_rolled_back(
+    together: Bench,
+) -> None:
+    """Whether it was let run is not known: its RAM may have moved on, so the update stays."""
+    together.take("park", guest="")
+    together.take("unpark", guest="")
+    together.port.fails["commit"] = [SILENT]
+    together.take("commit")
+    assert together.handover.committed
+    together.take("commit", guest="b")
+    assert together.port.running == {"a": "new", "b": "new"}
+    assert not together.handover.problems()
+
+
+def test_a_guest_that_may_have_been_let_run_counts_whatever_ended_the_run(bench: Bench) -> None:
+    bench.take("park", "unpark")
+    bench.port.fails["commit"] = [KeyboardInterrupt()]  # type: ignore[list-item]
+    with pytest.raises(KeyboardInterrupt):
+        bench.take("commit")
+    assert not bench.handover.committed
+    assert bench.handover.some_moved_on() and bench.handover.committed
+
+
+def test_what_still_uses_kvm_is_told_of_guests_that_are_parked_together(together: Bench) -> None:
+    together.take("park", guest="")
+    assert "while all were parked kvm_amd was in use by 1" in together.reports["a"].notes
+
+
+def test_changed_ram_is_noted_for_recovery(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = iter(["before", "after", "after", "after"])
+    monkeypatch.setattr(bench.port, "digest", lambda _record: next(digests))
+    bench.take("park")
+    with pytest.raises(GuestError, match="its RAM changed"):
+        bench.take("unpark")
+    assert bench.port.records["a"].problem == "its RAM changed while it was parked"
+
+
+def test_a_guest_that_has_ended_is_not_called_under_its_old_qemu(bench: Bench) -> None:
+    bench.take("park", "unpark", "commit")
+
+    def gone(record: ParkedRecord) -> ParkedRecord:
+        del bench.port.records[record.uuid], bench.port.running[record.uuid]
+        raise GuestError("b", "it ended before it was saved")
+
+    bench.port.park = gone  # type: ignore[method-assign]
+    bench.take("park", guest="b")
+    assert "guest b: it has ended" in bench.degraded[0]
