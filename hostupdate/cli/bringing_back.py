@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -13,6 +15,7 @@ from hostupdate.cli.handing_over import (
     end_probes,
     find_pid,
     have_hook_called,
+    hook_of,
     mark_of,
     parking_host,
     remove_idle,
@@ -20,7 +23,15 @@ from hostupdate.cli.handing_over import (
 )
 from hostupdate.cli.settings import Settings
 from hostupdate.config import Config
-from hostupdate.errors import GuestError, HostUpdateError, InputError, RefusedError
+from hostupdate.engine.handover import PATIENCE_NS
+from hostupdate.errors import (
+    DeadlineError,
+    GuestError,
+    HostUpdateError,
+    HypervisorError,
+    InputError,
+    RefusedError,
+)
 from hostupdate.guests import Hypervisor
 from hostupdate.handover import builds, ram_store
 from hostupdate.handover.ports import Host
@@ -28,31 +39,107 @@ from hostupdate.handover.records import ParkedRecords
 from hostupdate.handover.recovery import Recovered, discard, recover
 from hostupdate.parked import ParkedRecord, ParkedState
 
+_POLL_S = 0.1
+
+
+@dataclass(slots=True)
+class Back:
+    """What became of the guests that had a parked record, by name. ``problems``: those that do not
+    run, and why. ``ended``: they had ended before they were parked. ``unnoted``: they run, and why
+    they keep their record."""
+
+    running: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+    unnoted: dict[str, str] = field(default_factory=dict)
+
 
 def bring_back(
-    settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str, *, committed: bool
-) -> tuple[dict[str, str], list[str], bool]:
-    """Recovers every guest that has a parked record: problems by guest, those that run, and
-    whether one of them is under its new QEMU, so that the update stays. It does in any case where
-    it is ``committed``; else guests go back to where they were."""
+    settings: Settings,
+    config: Config,
+    hypervisor: Hypervisor,
+    run_id: str,
+    *,
+    committed: bool,
+    moved_on: Callable[[], None],
+) -> Back:
+    """Recovers every guest that has a parked record. Where the update is in place, ``committed``,
+    they come under their new QEMU; else back to where they were.
+
+    ``moved_on`` is called before a guest that is under its new QEMU loses its record: the update
+    stays then. What it raises, HostUpdateError, leaves the record there. A guest of which libvirt
+    says nothing is tried again until PATIENCE_NS have passed in which it said nothing of any.
+    """
     host = parking_host(settings, config, hypervisor, run_id)
-    problems: dict[str, str] = {}
-    running = []
+    back = Back()
     moved = False
-    for uuid in host.records.uuids():
-        name = uuid
+
+    def note() -> None:
+        nonlocal moved
+        moved = True
         try:
-            record = host.records.read(uuid)
-            if record is None:
-                continue
-            name = record.name
-            moved |= _recovered(host, config, record, committed or moved)
-            running.append(name)
+            moved_on()
         except HostUpdateError as error:
-            problems[name] = f"{error}; {error.remedy}" if error.remedy else str(error)
-        except Exception as error:  # a bug of ours: the others come back all the same
-            problems[name] = f"internal error: {type(error).__name__}: {error}"
-    return problems, running, moved
+            raise _UnnotedError(str(error), remedy=error.remedy) from error
+
+    waiting = host.records.uuids()
+    end_ns: int | None = None
+    while waiting:
+        silent = []
+        for uuid in waiting:
+            answered = _bring_one_back(host, config, uuid, back, committed or moved, note)
+            if not moved and some_moved_on(settings.state):  # it may run, whatever failed then
+                with suppress(_UnnotedError):
+                    note()
+            if answered:
+                end_ns = None
+            else:
+                silent.append(uuid)
+                end_ns = end_ns or time.monotonic_ns() + PATIENCE_NS
+        if end_ns is not None and time.monotonic_ns() >= end_ns:
+            break
+        waiting = silent
+        if waiting:
+            time.sleep(_POLL_S)
+    return back
+
+
+def _bring_one_back(
+    host: Host,
+    config: Config,
+    uuid: str,
+    back: Back,
+    committed: bool,
+    moved_on: Callable[[], None],
+) -> bool:
+    """Whether libvirt answered, or was not even asked."""
+    name = uuid
+    try:
+        record = host.records.read(uuid)
+        if record is None:
+            return True
+        name = record.name
+        found = _recovered(host, config, record, committed, moved_on)
+        (back.ended if found is Recovered.ENDED else back.running).append(name)
+        back.problems.pop(name, None)
+    except _UnnotedError as error:
+        back.running.append(name)
+        back.problems.pop(name, None)
+        back.unnoted[name] = _said(error)
+    except HostUpdateError as error:
+        back.problems[name] = _said(error)
+        return not isinstance(error, HypervisorError | DeadlineError)
+    except Exception as error:  # a bug of ours: the others come back all the same
+        back.problems[name] = f"internal error: {type(error).__name__}: {error}"
+    return True
+
+
+def _said(error: HostUpdateError) -> str:
+    return f"{error}; {error.remedy}" if error.remedy else str(error)
+
+
+class _UnnotedError(HostUpdateError):
+    """A guest runs under its new QEMU, and that could not be noted."""
 
 
 def some_moved_on(state: Path) -> bool:
@@ -78,9 +165,16 @@ def give_up(
     discard(parking_host(settings, config, hypervisor, record.run_id), record)
 
 
-def _recovered(host: Host, config: Config, record: ParkedRecord, committed: bool) -> bool:
+def _recovered(
+    host: Host,
+    config: Config,
+    record: ParkedRecord,
+    committed: bool,
+    moved_on: Callable[[], None],
+) -> Recovered:
     """Recovers a guest under the QEMU that it ran under, or where the update is in place under the
-    new one; else under the other. Whether it is under the new one."""
+    new one; else under the other. ``moved_on`` is told, before its record is removed, that it is
+    under the new one."""
     old = record.old_emulator
     kept = _kept(config, old)
     mark = mark_of(old)
@@ -92,6 +186,17 @@ def _recovered(host: Host, config: Config, record: ParkedRecord, committed: bool
     if kept is not None and back == old:
         ways.append((str(kept.wrapper), str(kept.wrapper)))
     ways.sort(key=lambda way: (way[0] == way[1]) is committed)
+
+    def ran(now: ParkedRecord) -> None:
+        if record.state is ParkedState.RUNNING:
+            moved = record.moved_on
+        elif now.state is ParkedState.RUNNING:
+            moved = changed and now.moved_on
+        else:  # somebody has let it run
+            moved = changed
+        if moved:
+            moved_on()
+
     first: GuestError | None = None
     for origin, emulator in dict.fromkeys(ways):
         again = record if first is None else host.records.read(record.uuid)
@@ -100,36 +205,42 @@ def _recovered(host: Host, config: Config, record: ParkedRecord, committed: bool
         again = msgspec.structs.replace(again, old_emulator=origin)
         try:
             stay = committed or not changed or emulator != origin
-            found = _recover(host, again, emulator, stay=stay)
+            return _recover(host, again, emulator, stay=stay, ran=ran)
         except GuestError as error:
             first = first or error
-            continue
-        if found is Recovered.COMMITTED:
-            return record.moved_on or (changed and record.state is not ParkedState.RUNNING)
-        return found is Recovered.UNPARKED and changed and emulator != origin
     assert first is not None
     raise first
 
 
-def _recover(host: Host, record: ParkedRecord, emulator: str | None, *, stay: bool) -> Recovered:
+def _recover(
+    host: Host,
+    record: ParkedRecord,
+    emulator: str | None,
+    *,
+    stay: bool,
+    ran: Callable[[ParkedRecord], None],
+) -> Recovered:
     try:
-        return recover(host, record, emulator, stay=stay)
+        return recover(host, record, emulator, stay=stay, ran=ran)
     except GuestError:  # the daemon may have been started anew, without our hook
         again = host.records.read(record.uuid)
         if again is None or again.state is ParkedState.RUNNING:
             raise
+        called = False
         with suppress(HostUpdateError):  # it may have no definition to ask with
-            if have_hook_called(host, record.uuid):
-                again = msgspec.structs.replace(again, old_emulator=record.old_emulator)
-                return recover(host, again, emulator, stay=stay)
-        raise
+            called = have_hook_called(host, record.uuid)
+        if not called:
+            raise
+        again = msgspec.structs.replace(again, old_emulator=record.old_emulator)
+        return recover(host, again, emulator, stay=stay, ran=ran)
 
 
 def clear_up(state: Path, config: Config, libvirt: Callable[[], Hypervisor]) -> None:
-    """Removes what an interrupted run has left of rehearsals, of QEMUs that it kept, and of its
+    """Removes what an interrupted run has left: of rehearsals, QEMUs that it kept, its hook and its
     probes; no guest is parked any more. HypervisorError, DeadlineError: a probe may run still."""
     shutil.rmtree(scratch_of(state), ignore_errors=True)
     remove_idle(Path(config.paths.builds))
+    hook_of(state, config).uninstall()
     end_probes(libvirt)
 
 

@@ -2,57 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 from rich.markup import escape
 
 from hostupdate import faults
-from hostupdate.cli.compose import (
-    HostClock,
-    resume_guest_by_monitor,
-)
+from hostupdate.cli.late_clocks import LateClocks
+from hostupdate.cli.recovery_hands import Libvirt, recovery_hands
 from hostupdate.cli.settings import Settings
 from hostupdate.cli.terminal import err, out
-from hostupdate.clocks import Clocks
 from hostupdate.config import Config
 from hostupdate.core.keeper import read_record
 from hostupdate.engine.aftermath import conclude, late_report
-from hostupdate.engine.clocks import GuestClocks
 from hostupdate.engine.handover import PATIENCE_NS
-from hostupdate.engine.recovery import (
-    Recovered,
-    RecoveryHands,
-    RecoveryHypervisor,
-    recover,
-)
+from hostupdate.engine.recovery import Recovered, recover
 from hostupdate.engine.unwind import Unwind
-from hostupdate.errors import (
-    DeadlineError,
-    HostUpdateError,
-    HypervisorError,
-    InputError,
-)
-from hostupdate.guests import Hypervisor
-from hostupdate.guests.agent import Agents
-from hostupdate.guests.links import Links
+from hostupdate.errors import HostUpdateError, InputError
 from hostupdate.handover.records import ParkedRecords
 from hostupdate.host import processes
-from hostupdate.host.cgroups import Cgroups
 from hostupdate.host.guard import Guard
 from hostupdate.host.survivors import Survivors
 from hostupdate.journal import Journal, RunJournal
-from hostupdate.model import ArmedGuest, ExitCode, Impact, PendingRecord, Report
-from hostupdate.unwinding import Kind
+from hostupdate.model import ExitCode, Impact, PendingRecord, Report
+from hostupdate.unwinding import Kind, Record
 
-#: How long a guest that was told to run may go on being frozen.
-_THAW_NS = 1_000_000_000
-_POLL_S = 0.1
 _ALL_PARKED = "(all that are parked)"
+_COMMITTED = Record(kind=Kind.COMMITTED, action=None, problem="", monotonic_ns=0)
 
 
 class Recovery:
@@ -62,40 +39,46 @@ class Recovery:
         self._settings = settings
         self._journal = journal
         self._record = record
-        self._libvirt = _Libvirt(record.uri, record.libvirt_timeout_ns)
+        self._libvirt = Libvirt(record.uri, record.libvirt_timeout_ns)
         self._same_boot = record.boot_id == processes.boot_id()
         self._result = Recovered(problems={})
         self._unwind: Unwind | None = None
         self._warnings: list[str] = []
-        self._told: list[str] = []
+        self._told: list[str] = []  #: those that were parked, or being handed over, and run
+        self._ended: list[str] = []  #: those that had ended before they were parked
+        self._unnoted: dict[str, str] = {}  #: those that run and keep their record, and why
         self._notes: list[str] = []  #: nothing that is left to do
         self._parked = False  #: some guest is, still
         self._rehearsing = record.rehearsing  #: until that guest is as it was
-        self._moved = False  #: some guest had been let run under its new QEMU
+        self._stopped: set[str] = set()  #: its name, where it may still be stopped
+        self._moved = False  #: some guest is under its new QEMU: the update stays
+        self._noted = False  #: the journal says so, or nobody will ask it
+        self._failure: HostUpdateError | None = None  #: why there is no journal
+        self._clocks = LateClocks(record, self._libvirt, self._config)
         self.report: Report | None = None
 
     @property
     def exit_code(self) -> ExitCode:
         if self._result.problems:
             return ExitCode.GUEST_LOST
-        return ExitCode.DEGRADED if self._warnings else ExitCode.OK
+        return ExitCode.DEGRADED if self._warnings or self._unnoted else ExitCode.OK
 
     def execute(self) -> None:
         record = self._record
         if record.guests:
-            self._result = recover(record, _hands(record, self._libvirt), record.libvirt_timeout_ns)
+            hands = recovery_hands(record, self._libvirt)
+            self._result = recover(record, hands, record.libvirt_timeout_ns)
         self._warnings += self._result.warnings
         run: RunJournal | None = None
-        failure: HostUpdateError | None = None
         try:
             run = self._journal.reopen(record)
         except HostUpdateError as error:
-            failure = error
+            self._failure = error
         self._unpark(run)
         faults.point("resume.guests-run")
         if run is None:
-            assert failure is not None
-            self._without_journal(failure)
+            assert self._failure is not None
+            self._without_journal(self._failure)
             return
         try:
             self._finish(run)
@@ -111,45 +94,91 @@ class Recovery:
         records = ParkedRecords(self._settings.state)
         if not (records.uuids() or self._rehearsing):
             return
-        from hostupdate.cli.bringing_back import bring_back, some_moved_on
-        from hostupdate.cli.handing_over import end_rehearsal
+        from hostupdate.cli.bringing_back import Back, bring_back, some_moved_on
 
-        committed = run is None or some_moved_on(self._settings.state)
+        if some_moved_on(self._settings.state):
+            with suppress(HostUpdateError):  # it is told of with that guest
+                self._commit(run)
+        committed = run is None or self._moved
         if run is not None and not committed:
             with suppress(HostUpdateError):
                 committed = self._before_guests(run)
-        problems: dict[str, str] = {}
-        told: list[str] = []
-        moved = False
-        try:
-            hypervisor = self._libvirt.wait(PATIENCE_NS)
-            if self._rehearsing:
-                end_rehearsal(hypervisor, self._rehearsing)
-                self._rehearsing = ""
-            config = self._config()
-            problems, told, moved = bring_back(
-                self._settings, config, hypervisor, self._record.run_id, committed=committed
-            )
-        except HostUpdateError as error:
-            problems = {_ALL_PARKED: str(error)}
-        self._told += [name for name in told if name not in self._told]
-        self._moved = self._moved or moved
-        before = {
-            name: problem
-            for name, problem in self._result.problems.items()
-            if name != _ALL_PARKED and name not in told
-        }
+        back = Back()
+        stopped = self._end_rehearsal(run)
+        if records.uuids():
+            try:
+                back = bring_back(
+                    self._settings,
+                    self._config(),
+                    self._libvirt.wait(PATIENCE_NS),
+                    self._record.run_id,
+                    committed=committed,
+                    moved_on=lambda: self._commit(run),
+                )
+            except HostUpdateError as error:
+                back.problems[_ALL_PARKED] = str(error)
+        self._told += [name for name in back.running if name not in self._told]
+        self._ended += back.ended
+        self._unnoted = back.unnoted
+        over = {_ALL_PARKED, *back.running, *back.ended, *self._stopped}
+        before = {n: text for n, text in self._result.problems.items() if n not in over}
+        self._stopped = set(stopped)
         self._result = Recovered(
-            problems=before | problems,
+            problems=before | stopped | back.problems,
             unfinished=self._result.unfinished,
             warnings=self._result.warnings,
         )
         self._parked = bool(records.uuids())
 
+    def _end_rehearsal(self, run: RunJournal | None) -> dict[str, str]:
+        """The guest whose rehearsal was interrupted runs; else what is wrong, by its name."""
+        if not self._rehearsing:
+            return {}
+        from hostupdate.cli.handing_over import end_rehearsal
+
+        try:
+            end_rehearsal(self._libvirt.wait(PATIENCE_NS), self._rehearsing)
+        except HostUpdateError as error:
+            return {
+                self._name(run, self._rehearsing): f"its rehearsal may have stopped it: {error}"
+            }
+        self._rehearsing = ""
+        return {}
+
+    def _name(self, run: RunJournal | None, uuid: str) -> str:
+        """A guest's name by the run's plan; its uuid where that cannot be read."""
+        with suppress(HostUpdateError):
+            plan = run.plan() if run is not None else None
+            for guest in plan.guests if plan is not None else ():
+                if guest.uuid == uuid:
+                    return guest.name
+        return uuid
+
+    def _commit(self, run: RunJournal | None) -> None:
+        """Has the journal say, once, that the update stays. HostUpdateError: it does not, and a
+        later recovery would undo it: what else tells of that has to stay.
+
+        Not once the update has been undone: a guest that comes back after that changes nothing.
+        """
+        if self._noted or (self._unwind is not None and not self._unwind.committed):
+            return
+        self._moved = True
+        if run is None:
+            assert self._failure is not None
+            if not _is_damage(self._failure):
+                raise self._failure
+        else:
+            try:
+                if run.plan() is not None and not _is_committed(run.records()):
+                    run.note(Kind.COMMITTED)
+            except InputError:
+                pass  # it is moved away: nobody will undo anything by it
+        self._noted = True
+
     def _before_guests(self, run: RunJournal) -> bool:
         """Undoes what was done while guests were parked; whether the update is in place instead."""
         plan, records = run.plan(), run.records()
-        if plan is None or any(record.kind is Kind.COMMITTED for record in records):
+        if plan is None or _is_committed(records):
             return True
         if run.report() is not None:  # the run has undone all that it did itself
             return False
@@ -178,8 +207,10 @@ class Recovery:
         record = self._record
         plan = run.plan()
         if self._moved:  # the run died before it could say so
-            self._attempt("journal", lambda: run.note(Kind.COMMITTED))
+            self._attempt("journal", lambda: self._commit(run))
         records = run.records()
+        if self._moved and not _is_committed(records):  # it cannot be said
+            records = (*records, _COMMITTED)
         self.report = run.report()
         self._attempt("journal", lambda: run.note(Kind.RECOVERING) if plan else None)
         if plan is not None and self.report is None:
@@ -195,10 +226,13 @@ class Recovery:
             self._warnings += self._unwind.problems
             if self._parked:  # what kept them from running may be undone now
                 self._unpark(run)
+                self._correct_clocks()
+            self._clocks.conclude(self.report)
             conclude(self.report, self._result, self._unwind)
-        elif self.report is not None and (record.guests or self._told):
+        elif self.report is not None and (record.guests or self._told or self._result.problems):
             self._correct_clocks()
-            ran = [g.name for g in record.guests if g.name not in self._result.problems]
+            self._clocks.conclude(self.report)
+            ran = self._running()
             if ran:
                 self.report.reasons.append(f"`hostupdate resume` let run: {', '.join(ran)}")
             self.report.reasons += [f"guest {n}: {p}" for n, p in self._result.problems.items()]
@@ -209,7 +243,7 @@ class Recovery:
         held = self._let_go()
         if self.report is not None:
             report = self.report
-            report.reasons += self._notes
+            report.reasons += [*self._notes, *self._remarks()]
             self._attempt("the report is not kept", lambda: run.save_report(report))
         # The others run: their owners may pause them again.
         if self._result.unfinished or held or self._parked or self._rehearsing or unclear:
@@ -224,10 +258,8 @@ class Recovery:
         """The guests come first, and need no journal; the steps cannot be known without it."""
         self._warnings.append(f"{error}; the steps that had run are not undone")
         held = self._let_go()
-        if not isinstance(error, InputError) or error.field == "user_version":
-            # Once there is room again, or whatever it lacks, the rest can be done: what a newer
-            # version wrote is not damaged.
-            return
+        if not _is_damage(error):
+            return  # once there is room again, or whatever it lacks, the rest can be done
         self._warnings.append(f"moved away as {self._journal.set_aside()}")
         if not (self._result.unfinished or held or self._parked or self._rehearsing):
             self._journal.drop_pending()
@@ -248,36 +280,22 @@ class Recovery:
         return True
 
     def _correct_clocks(self) -> None:
-        """The guests run; now their clocks. What cannot be done is in the report.
+        """The guests run; now their clocks. What cannot be done is in the report."""
+        if self.report is not None:
+            self._clocks.correct(self.report, self._told)
 
-        Not after a boot: the guests that were paused ended before it, and the distance of the
-        host's clocks that was written down would set whoever runs now to a time long past.
-        """
-        report = self.report
-        if not self._same_boot:
-            return
-        paused = [guest.uuid for guest in self._record.guests]
-        paused += (
-            [guest.uuid for guest in report.guests if guest.name in self._told] if report else []
-        )
-        if report is None or not paused:
-            return
-        config = self._config()
-        try:
-            hypervisor = self._libvirt()
-        except (HypervisorError, DeadlineError) as error:
-            report.reasons.append(f"guests' clocks are not verified: {error}")
-            return
-        hands = _ClockHands(
-            HostClock(), Clocks(Agents(hypervisor), config.clock), Links(hypervisor)
-        )
-        guests = {guest.uuid: guest for guest in report.guests}
-        clocks = GuestClocks(paused, config, hands, guests)
-        clocks.recall(self._record)
-        report.reasons += [text for text, _wrong in clocks.correct()]
-        stepped = clocks.conclude_host()
-        report.reasons += [stepped] if stepped else []
-        report.host_clock = clocks.host
+    def _running(self) -> list[str]:
+        """Names of the guests that run again."""
+        names = [guest.name for guest in self._record.guests] + self._told
+        return [name for name in dict.fromkeys(names) if name not in self._result.problems]
+
+    def _remarks(self) -> list[str]:
+        """What is to be said of guests that are no problem."""
+        return [
+            *(f"guest {name}: it had ended before it was parked" for name in self._ended),
+            *(f"guest {name}: it runs, and is not cleared up: {why}; run `hostupdate resume`"
+              for name, why in self._unnoted.items()),
+        ]  # fmt: skip
 
     def show(self) -> None:
         """For people."""
@@ -287,8 +305,9 @@ class Recovery:
             console.print(f"[bold red]guest {escape(name)}:[/] {escape(problem)}")
         for warning in self._warnings:
             console.print(f"[yellow]warning:[/] {escape(warning)}")
-        running = [g.name for g in self._record.guests if g.name not in result.problems]
-        running += [name for name in self._told if name not in result.problems]
+        for remark in self._remarks():
+            console.print(escape(remark))
+        running = self._running()
         if running:
             console.print(f"run {run_id}: these guests run again: {escape(', '.join(running))}")
         if unwind is not None:
@@ -298,74 +317,18 @@ class Recovery:
                 end = "its update was in place and stays"
             names = f": {escape(', '.join(undone))}" if undone else ""
             console.print(f"run {run_id} was interrupted; {end}{names}")
-        elif not (running or result.problems or self._warnings):
+        elif not (running or result.problems or self._warnings or self._remarks()):
             console.print(f"run {run_id} had nothing left to be resumed or undone")
+
+
+def _is_committed(records: Sequence[Record]) -> bool:
+    return any(record.kind is Kind.COMMITTED for record in records)
+
+
+def _is_damage(error: HostUpdateError) -> bool:
+    """Of a journal: it will not be read any more. What a newer version wrote is not damaged."""
+    return isinstance(error, InputError) and error.field != "user_version"
 
 
 def _tell(text: str) -> None:
     err().print(escape(text))
-
-
-class _Libvirt:
-    """The connection, opened when it is first needed."""
-
-    def __init__(self, uri: str, timeout_ns: int) -> None:
-        self._uri = uri
-        self._timeout_ns = timeout_ns
-        self._hypervisor: Hypervisor | None = None
-
-    def __call__(self) -> Hypervisor:
-        if self._hypervisor is None:
-            self._hypervisor = Hypervisor(self._uri, timeout_ns=self._timeout_ns)
-        return self._hypervisor
-
-    def wait(self, patience_ns: int) -> Hypervisor:
-        """The same, from a daemon that may be about to start anew."""
-        end_ns = time.monotonic_ns() + patience_ns
-        while True:
-            try:
-                return self()
-            except (HypervisorError, DeadlineError):
-                if time.monotonic_ns() >= end_ns:
-                    raise
-                time.sleep(_POLL_S)
-
-
-@dataclass(frozen=True, slots=True)
-class _ClockHands:
-    core: HostClock
-    clocks: Clocks
-    links: Links
-
-
-def _hands(record: PendingRecord, libvirt: _Libvirt) -> RecoveryHands:
-    cgroups = Cgroups(Path(record.cgroup2)) if record.cgroup2 is not None else None
-
-    def thaw(guest: ArmedGuest) -> None:
-        alive = processes.is_same(guest.pid, guest.started)
-        if cgroups is None or guest.cgroup is None:
-            processes.continue_process(guest.pid, guest.started)
-        elif guest.home_cgroup is not None:
-            cgroups.restore(guest.pid if alive else None, guest.cgroup, guest.home_cgroup)
-        else:
-            cgroups.thaw(guest.cgroup)
-
-    def is_frozen(guest: ArmedGuest) -> bool:
-        if cgroups is None:
-            return processes.is_stopped(guest.pid)
-        return cgroups.stays_frozen(guest.home_cgroup or guest.cgroup or "/", _THAW_NS)
-
-    def connect(hypervisor: RecoveryHypervisor, guest: ArmedGuest) -> None:
-        assert isinstance(hypervisor, Hypervisor)
-        Links(hypervisor).set(guest.uuid, guest.links, "up")
-
-    return RecoveryHands(
-        thaw=thaw,
-        is_frozen=is_frozen,
-        boot_id=processes.boot_id(),
-        restore_memory_min=cgroups.set_memory_min if cgroups is not None else lambda _: None,
-        hypervisor=libvirt,
-        connect=connect,
-        is_alive=processes.is_same,
-        resume_by_monitor=resume_guest_by_monitor,
-    )

@@ -17,6 +17,7 @@ from hostupdate.handover.records import ParkedRecords
 from hostupdate.host import processes
 from hostupdate.journal import Journal
 from hostupdate.model import PendingRecord
+from hostupdate.parked import ParkedRecord
 
 SCHEMA = "hostupdate-resume-v1"
 #: A run that is just being refused holds the lock for as long as libvirt may take to answer it.
@@ -42,9 +43,15 @@ def command(settings: Settings, discard: str | None) -> None:
     journal = Journal(settings.state)
     lock = journal.lock("resume", wait_ns=_LOCK_NS)
     try:
-        record = journal.pending() or _of_parked(settings)
+        record, unreadable = None, None
+        try:
+            record = journal.pending() or _of_parked(settings)
+        except InputError as error:
+            unreadable = error
         if discard is not None:
             _discard(settings, discard)
+        if unreadable is not None:
+            raise unreadable
         if record is None:
             if settings.json:
                 print_json({"schema": SCHEMA, "run_id": None, "report": None})
@@ -65,11 +72,11 @@ def command(settings: Settings, discard: str | None) -> None:
 
 
 def _discard(settings: Settings, name: str) -> None:
-    """InputError: no guest of that name is parked."""
+    """InputError: no guest of that name is parked, or it cannot be known which are."""
     records = ParkedRecords(settings.state)
-    for uuid in records.uuids():
-        parked = records.read(uuid)
-        if parked is not None and name in (uuid, parked.name):
+    readable, unreadable = _read(records)
+    for parked in readable:
+        if name in (parked.uuid, parked.name):
             from hostupdate.cli.bringing_back import give_up
 
             config = settings.load_config()
@@ -77,6 +84,15 @@ def _discard(settings: Settings, name: str) -> None:
             with closing(Hypervisor(parked.uri, timeout_ns=timeout_ns)) as hypervisor:
                 give_up(settings, config, hypervisor, parked)
             return
+    if name in unreadable:
+        error = unreadable[name]
+        raise InputError(
+            error.source, error.field, error.problem,
+            remedy=f"see with `virsh list --all` whether the guest runs; what is parked of it is "
+            f"given up by hand: rm {records.path(name)} {records.image(name)}",
+        )  # fmt: skip
+    for error in unreadable.values():
+        raise error
     raise InputError(
         "command line", "--discard", f"no guest {name!r} is parked",
         remedy="`hostupdate status` names those that are",
@@ -84,17 +100,32 @@ def _discard(settings: Settings, name: str) -> None:
 
 
 def _of_parked(settings: Settings) -> PendingRecord | None:
-    """What stands for a pending record that has been lost, where a guest has a parked one."""
-    records = ParkedRecords(settings.state)
-    for uuid in records.uuids():
-        parked = records.read(uuid)
-        if parked is not None:
-            return PendingRecord(
-                run_id=parked.run_id,
-                boot_id=parked.boot_id,
-                uri=parked.uri,
-                pid=0,
-                started=0,
-                libvirt_timeout_ns=settings.load_config().deadlines.recovery_libvirt_ns,
-            )
+    """What stands for a pending record that has been lost, where a guest has a parked one.
+    InputError: none of those can be read."""
+    readable, unreadable = _read(ParkedRecords(settings.state))
+    for parked in readable:
+        return PendingRecord(
+            run_id=parked.run_id,
+            boot_id=parked.boot_id,
+            uri=parked.uri,
+            pid=0,
+            started=0,
+            libvirt_timeout_ns=settings.load_config().deadlines.recovery_libvirt_ns,
+        )
+    for error in unreadable.values():
+        raise error
     return None
+
+
+def _read(records: ParkedRecords) -> tuple[list[ParkedRecord], dict[str, InputError]]:
+    """All of them, and by uuid why one cannot be read."""
+    readable, unreadable = [], {}
+    for uuid in records.uuids():
+        try:
+            record = records.read(uuid)
+        except InputError as error:
+            unreadable[uuid] = error
+            continue
+        if record is not None:
+            readable.append(record)
+    return readable, unreadable

@@ -57,6 +57,7 @@ def test_the_source_archive_has_all_that_the_build_and_the_tests_need(archive: P
         "hostupdate/lab/guest.c", "hostupdate/py.typed", "tests/unit/test_package.py",
         "benchmarks/test_pause.py", "tools/demo", "tools/test", "docs/manifest.md", "README.md",
         "CHANGELOG.md", "LICENSE", "Makefile", "systemd/hostupdate-resume.service",
+        "systemd/hostupdate-resume.timer",
     }  # fmt: skip
     assert needed <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
@@ -74,6 +75,7 @@ def test_the_wheel_from_it_serves_every_python_from_3_11_on(archive: Path, tmp_p
         names = set(packed.namelist())
     assert {"hostupdate/_core.abi3.so", "hostupdate/_core.pyi", "hostupdate/py.typed"} <= names
     assert {"hostupdate/lab/guest.c", "hostupdate/cli/apply.py"} <= names
-    units = [n for n in names if n.endswith("/data/lib/systemd/system/hostupdate-resume.service")]
-    assert len(units) == 1
+    place = "/data/lib/systemd/system/hostupdate-resume"
+    units = {name.rpartition(".")[2] for name in names if place in name}
+    assert units == {"service", "timer"}
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "benchmarks/"))]

@@ -50,7 +50,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             uris.append(self._uri)
             raise HypervisorError("away")
 
-    monkeypatch.setattr(recovering, "_Libvirt", Away)
+        def wait(self, _patience_ns: int) -> Any:
+            return self()
+
+    monkeypatch.setattr(recovering, "Libvirt", Away)
     return uris
 
 
