@@ -235,7 +235,7 @@ def _judged(
     manifest: Manifest, wanted: Packages, settings: Settings, guests: list[LocatedGuest]
 ) -> tuple[Manifest, tuple[PackageVerdict, ...], tuple[str, ...]]:
     """The manifest with its packages as steps, what each does to guests, and warnings."""
-    from hostupdate.cli.handing_over import qemu_uses
+    from hostupdate.cli.candidates import qemu_uses
     from hostupdate.host.packages import Apt
     from hostupdate.impact import judge_packages
     from hostupdate.packaging import package_warnings, with_packages
@@ -258,7 +258,8 @@ def _eligible(
     """Who can be handed over, where somebody is to be. PrerequisiteError, InputError: nobody."""
     if manifest.qemu is None and manifest.update.impact != "handover":
         return {}
-    from hostupdate.cli.handing_over import eligibility, parking_host
+    from hostupdate.cli.candidates import eligibility
+    from hostupdate.cli.handing_over import parking_host
 
     host = parking_host(settings, config, hypervisor, "")
     host.hook.check()

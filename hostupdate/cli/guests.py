@@ -9,8 +9,9 @@ import click
 import msgspec
 from rich.markup import escape
 
+from hostupdate.cli.candidates import eligibility
 from hostupdate.cli.compose import located_guests, open_cgroups, open_hypervisor, require_root
-from hostupdate.cli.handing_over import eligibility, parking_host
+from hostupdate.cli.handing_over import parking_host
 from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import MISSING, err, out, print_json, size, table
 from hostupdate.eligibility import Blocker, Eligibility

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,10 +14,8 @@ import msgspec
 from hostupdate.cli.settings import Settings
 from hostupdate.config import Config
 from hostupdate.core import ram
-from hostupdate.eligibility import Blocker, Eligibility, HandoverFacts, judge
 from hostupdate.errors import (
     GuestError,
-    HostUpdateError,
     HypervisorError,
     PrerequisiteError,
     RefusedError,
@@ -25,17 +23,14 @@ from hostupdate.errors import (
 from hostupdate.guests import Hypervisor, capabilities
 from hostupdate.guests.command import GuestCommand
 from hostupdate.guests.parking import PROBES, Parking
-from hostupdate.guests.uri import embedded_root
-from hostupdate.handover import builds, candidate, inquiry, plugged, rehearsal
+from hostupdate.handover import builds, plugged, rehearsal
 from hostupdate.handover.hook import Hook
 from hostupdate.handover.own_saving import OwnSaving
 from hostupdate.handover.ports import Host
 from hostupdate.handover.records import ParkedRecords
 from hostupdate.handover.saving import Saving
-from hostupdate.host import kvm_modules, processes, ram_backing
+from hostupdate.host import kvm_modules, processes
 from hostupdate.host.memory import SAMPLE_PAGES
-from hostupdate.impact import QemuUse
-from hostupdate.model import LocatedGuest
 from hostupdate.parked import ParkedRecord
 
 #: What starts or ends a QEMU: libvirt's own time-outs for both are 30 s.
@@ -44,10 +39,6 @@ _LIFE_NS = 40_000_000_000
 _MODULES_NS = 500_000_000
 #: For a daemon to have read its configuration anew.
 _RELOAD_NS = 5_000_000_000
-_REPLACED = Blocker(
-    reason="its QEMU is not installed any more: there is no way back to it",
-    remedy="only the rehearsal stands between it and a QEMU that does not take it",
-)
 #: The mark at the end of a name.
 _KEPT = re.compile(r"-[0-9a-f]{12}\Z")
 
@@ -57,13 +48,18 @@ def parking_host(settings: Settings, config: Config, hypervisor: Hypervisor, run
     return Host(
         domains=Parking(hypervisor, life_ns=_LIFE_NS),
         records=ParkedRecords(settings.state),
-        hook=Hook(Path(config.paths.libvirt_hooks) / "qemu.d/hostupdate", settings.state / "hook"),
+        hook=hook_of(settings.state, config),
         find_pid=find_pid,
         save_directory=Path(config.paths.libvirt_saves),
         run_id=run_id,
         boot_id=processes.boot_id(),
         uri=hypervisor.uri,
     )
+
+
+def hook_of(state: Path, config: Config) -> Hook:
+    """libvirt's hook of ours."""
+    return Hook(Path(config.paths.libvirt_hooks) / "qemu.d/hostupdate", state / "hook")
 
 
 def find_pid(uuid: str) -> int | None:
@@ -275,79 +271,6 @@ def have_hook_called(host: Host, uuid: str) -> bool:
             return True
         time.sleep(0.05)
     return False
-
-
-def eligibility(
-    hypervisor: Hypervisor,
-    guests: Sequence[LocatedGuest],
-    config: Config,
-    host: Host | None = None,
-) -> Mapping[str, Eligibility]:
-    """Of each running guest, by uuid. A guest that cannot be asked is left out: one that is frozen
-    answers nobody. With ``host`` also by what parking it would meet there."""
-    found = {}
-    embedded = embedded_root(hypervisor.uri) is not None
-    drivers = ram_backing.security_drivers()
-    for located in guests:
-        uuid, place = located.guest.uuid, located.place
-        if place is None or place.frozen:
-            continue
-        command = GuestCommand(hypervisor, uuid, config.deadlines.libvirt_ns)
-        try:
-            facts = HandoverFacts(
-                domain_xml=hypervisor.xml(uuid),
-                backends=ram_backing.complete(
-                    inquiry.backends(command), Path(f"/proc/{place.pid}")
-                ),
-                embedded=embedded,
-                swap_bytes=ram_backing.swap_bytes(),
-                security_drivers=drivers,
-                command_line=tuple(builds.command(processes.command_line(place.pid))),
-                qemu_blockers=inquiry.blockers(command),
-                block_jobs=inquiry.block_jobs(command),
-            )
-        except (HostUpdateError, OSError):
-            continue
-        judged = judge(facts)
-        if host is not None and not judged.blockers:
-            met = tuple(_obstacles(host, config.handover.way, uuid))
-            judged = msgspec.structs.replace(judged, blockers=met)
-        if processes.is_replaced(place.pid):
-            judged = msgspec.structs.replace(judged, warnings=(*judged.warnings, _REPLACED))
-        found[uuid] = judged
-    return found
-
-
-def _obstacles(host: Host, way: str, uuid: str) -> Iterator[Blocker]:
-    """What parking the guest would fail by, before it is touched."""
-    try:
-        facts = host.domains.facts(uuid)
-        if facts is not None:
-            candidate.linked(host, way, uuid, facts)
-    except HostUpdateError as error:
-        reason = error.problem if isinstance(error, GuestError) else str(error)
-        yield Blocker(reason=reason, remedy=error.remedy or "see to it, then ask again")
-
-
-def qemu_uses(guests: Sequence[LocatedGuest]) -> list[QemuUse]:
-    """What the QEMUs of running guests have in use, and would load. GuestError: one is gone."""
-    uses = []
-    directories: dict[str, tuple[str, ...]] = {}
-    for located in guests:
-        if located.place is None:
-            continue
-        pid = located.place.pid
-        program = processes.program(pid)
-        if program not in directories:
-            directories[program] = builds.load_directories(Path(program))
-        uses.append(
-            QemuUse(
-                guest=located.guest.name,
-                files=processes.used_files(pid) | {builds.origin(program)},
-                directories=directories[program],
-            )
-        )
-    return uses
 
 
 def _is_binary(program: str) -> bool:

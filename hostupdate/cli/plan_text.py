@@ -19,6 +19,11 @@ def print_plan(plan: Plan) -> None:
             f"blackout: predicted {duration(plan.predicted_blackout_ns)}, budget "
             f"{duration(plan.budget_ns)}; method {plan.method} ({escape(plan.method_reason)})"
         )
+    elif plan.predicted_blackout_ns is not None:
+        console.print(
+            f"blackout of each guest: predicted {duration(plan.predicted_blackout_ns)} at most, "
+            f"budget {duration(plan.budget_ns)}"
+        )
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     for verdict in plan.packages:

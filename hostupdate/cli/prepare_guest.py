@@ -12,13 +12,13 @@ import click
 import msgspec
 from rich.markup import escape
 
+from hostupdate.cli.candidates import eligibility
 from hostupdate.cli.compose import (
     located_guests,
     open_cgroups,
     open_hypervisor,
     require_root,
 )
-from hostupdate.cli.handing_over import eligibility
 from hostupdate.cli.settings import Settings, global_options, pass_settings
 from hostupdate.cli.terminal import err, out, print_json
 from hostupdate.config import Config
