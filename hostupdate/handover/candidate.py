@@ -35,8 +35,8 @@ def linked(host: Host, way: str, uuid: str, facts: DomainFacts) -> ParkedRecord:
         remedy = f"virsh managedsave-remove {name}"
         raise GuestError(name, f"a saved image of it is in the way: {guard}", remedy=remedy)
     for place in {records.directory.parent, host.save_directory}:
-        try:
-            free = os.statvfs(place)
+        try:  # it may not have been made yet
+            free = os.statvfs(next(p for p in (place, *place.parents) if p.exists()))
         except OSError as error:
             raise GuestError(
                 name, f"its image has no place in {place}: {error.strerror}"

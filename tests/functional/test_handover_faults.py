@@ -179,6 +179,7 @@ def choose(bench: Bench, method: str) -> set[str]:
 
 def test_the_matrix_has_every_action_of_a_run(bench: Bench) -> None:
     plan = bench.lab.run("apply", str(bench.manifest), "--dry-run", "--json").data
+    assert "actions" in plan, plan
     kinds = [f"step:{a['step']}" if a["kind"] == "step" else a["kind"] for a in plan["actions"]]
     places = {place.partition(".")[0] for place in PLACES}
     assert places == (set(kinds) | {"probe"}) - {"guard", "unguard"}
