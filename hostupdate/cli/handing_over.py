@@ -22,7 +22,8 @@ from hostupdate.errors import (
 )
 from hostupdate.guests import Hypervisor, capabilities
 from hostupdate.guests.command import GuestCommand
-from hostupdate.guests.parking import PROBES, Parking
+from hostupdate.guests.parking import Parking
+from hostupdate.guests.probing import PROBES
 from hostupdate.handover import builds, plugged, rehearsal
 from hostupdate.handover.hook import Hook
 from hostupdate.handover.own_saving import OwnSaving

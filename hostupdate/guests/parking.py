@@ -19,9 +19,8 @@ from typing import Any, TypeVar
 import libvirt
 import libvirt_qemu
 
-from hostupdate import faults
 from hostupdate.errors import DeadlineError, HypervisorError
-from hostupdate.guests import streaming
+from hostupdate.guests import probing, streaming
 from hostupdate.guests.hypervisor import _STATES, Hypervisor, _let_run
 from hostupdate.model import GuestState
 from hostupdate.parked import DomainFacts, Stamp
@@ -30,11 +29,6 @@ T = TypeVar("T")
 
 #: A guest that has been restored and is paused says "migration" (qemuProcessStart).
 _BUSY = {libvirt.VIR_DOMAIN_PAUSED_SAVE, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP}
-_HOOK_PROBE = "hostupdate-hook-probe"
-_EMULATOR_PROBE = "hostupdate-emulator-probe"  #: which the hook lets pass
-#: Domains that are started to be ended at once.
-PROBES = frozenset({_HOOK_PROBE, _EMULATOR_PROBE})
-_THROWN_AWAY = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
 _EVENT_S = 1.0
 
 
@@ -220,18 +214,10 @@ class Parking:
         self._call("change a guest's metadata", drop)
 
     def hook_is_called(self, uuid: str) -> bool:
-        """Whether libvirt asks our hook before it starts a guest like this one: it is asked to
-        start one of a name that the hook refuses before there is a QEMU."""
+        """Whether libvirt asks our hook before it starts a guest like this one."""
 
         def ask(connection: Any) -> bool:
-            like = ET.fromstring(connection.lookupByUUIDString(uuid).XMLDesc())
-            try:
-                _start_and_end(connection, _probe(like, _HOOK_PROBE))
-            except libvirt.libvirtError as error:
-                if error.get_error_code() == libvirt.VIR_ERR_HOOK_SCRIPT_FAILED:
-                    return True
-                raise
-            return False
+            return probing.hook_is_called(connection, uuid)
 
         with self._probing:  # its name is the same for all
             return self._call("try libvirt's hook", ask, self._life_ns)
@@ -242,8 +228,7 @@ class Parking:
         words."""
 
         def start(connection: Any) -> None:
-            like = ET.fromstring(connection.lookupByUUIDString(uuid).XMLDesc())
-            _start_and_end(connection, _probe(like, _EMULATOR_PROBE, emulator))
+            probing.try_emulator(connection, uuid, emulator)
 
         with self._probing:
             try:
@@ -259,7 +244,7 @@ class Parking:
         """Ends what a probe has left: a daemon that was started anew has forgotten that its QEMU
         goes with our connection. No error where there is nothing."""
         with self._probing:
-            self._call("end a probe", _end_probes, self._life_ns)
+            self._call("end a probe", probing.end, self._life_ns)
 
     def stopped(self, uuid: str) -> Stamp | None:
         """The STOP event of its last save; waits a little for one that is on its way."""
@@ -340,43 +325,3 @@ def _described(xml: str, active: bool) -> dict[str, Any]:
             "not supported yet"
         )
     return {"emulator": domain.findtext("devices/emulator") or "", "problem": problem}
-
-
-def _start_and_end(connection: Any, xml: str) -> None:
-    _end_probes(connection)  # of a run that died
-    domain = connection.createXML(xml, _THROWN_AWAY)
-    faults.point("probe.started")
-    domain.destroy()
-
-
-def _end_probes(connection: Any) -> None:
-    for name in PROBES:
-        try:
-            connection.lookupByName(name).destroy()
-        except libvirt.libvirtError as error:
-            # The second: it has ended meanwhile.
-            gone = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
-            if error.get_error_code() not in gone:
-                raise
-
-
-def _probe(like: ET.Element, name: str, emulator: Path | None = None) -> str:
-    """The least domain of the same kind; under another ``emulator`` with its default machine."""
-    probe = ET.Element("domain", type=like.get("type", "qemu"))
-    ET.SubElement(probe, "name").text = name
-    ET.SubElement(probe, "memory", unit="KiB").text = "1024"
-    kind = like.find("os/type")
-    if kind is not None:
-        kind.tail = None
-        if emulator is not None:
-            kind.attrib.pop("machine", None)
-        ET.SubElement(probe, "os").append(kind)
-    # Without ACPI libvirt 9.0 says -no-acpi, which QEMU does not know any more since 9.0.
-    acpi = like.find("features/acpi")
-    if acpi is not None:
-        ET.SubElement(ET.SubElement(probe, "features"), "acpi")
-    devices = ET.SubElement(probe, "devices")
-    ET.SubElement(devices, "emulator").text = (
-        str(emulator) if emulator is not None else like.findtext("devices/emulator")
-    )
-    return ET.tostring(probe, encoding="unicode")

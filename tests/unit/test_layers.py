@@ -24,6 +24,7 @@ ROWS = {
     "judgement": {
         *("plan", "prediction", "impact", "rollout", "events", "timeline", "skew", "vitals"),
         *("unwinding", "eligibility", "remedy", "handing", "packaging"),
+        "pausing",
     },
     "faults": {"faults"},
     "core": {"core"},
