@@ -152,6 +152,21 @@ def some_moved_on(state: Path) -> bool:
     return any(record is not None and record.moved_on for record in found)
 
 
+def some_let_run(settings: Settings, config: Config, hypervisor: Hypervisor, run_id: str) -> bool:
+    """Whether somebody has let a guest run that stood still under its new QEMU. HypervisorError,
+    DeadlineError: libvirt does not say."""
+    host = parking_host(settings, config, hypervisor, run_id)
+    for uuid in host.records.uuids():
+        with suppress(InputError):
+            record = host.records.read(uuid)
+            if record is None or record.state is not ParkedState.STRIPPED:
+                continue
+            facts = host.domains.facts(uuid)
+            if facts is not None and facts.let_run and record.new_emulator != record.old_emulator:
+                return True
+    return False
+
+
 def give_up(
     settings: Settings, config: Config, hypervisor: Hypervisor, record: ParkedRecord
 ) -> None:

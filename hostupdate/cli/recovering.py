@@ -94,9 +94,14 @@ class Recovery:
         records = ParkedRecords(self._settings.state)
         if not (records.uuids() or self._rehearsing):
             return
-        from hostupdate.cli.bringing_back import Back, bring_back, some_moved_on
+        from hostupdate.cli.bringing_back import Back, bring_back, some_let_run, some_moved_on
 
-        if some_moved_on(self._settings.state):
+        moved = some_moved_on(self._settings.state)
+        with suppress(HostUpdateError):  # if libvirt is away, nothing tells of it
+            moved = moved or some_let_run(
+                self._settings, self._config(), self._libvirt(), self._record.run_id
+            )
+        if moved:
             with suppress(HostUpdateError):  # it is told of with that guest
                 self._commit(run)
         committed = run is None or self._moved

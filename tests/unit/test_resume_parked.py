@@ -53,7 +53,9 @@ class World:
         self.away = False
         self.rehearsed: list[str] = []
         self.rehearsal_fails: Exception | None = None
-        host = SimpleNamespace(records=self.records)
+        self.let_run: set[str] = set()  #: uuids
+        facts = SimpleNamespace(facts=lambda uuid: SimpleNamespace(let_run=uuid in self.let_run))
+        host = SimpleNamespace(records=self.records, domains=facts)
         monkeypatch.setattr(bringing_back, "parking_host", lambda *_: host)
         monkeypatch.setattr(bringing_back, "recover", self._recover)
         monkeypatch.setattr(bringing_back, "have_hook_called", lambda *_: False)
@@ -162,6 +164,20 @@ def test_a_recovery_that_is_killed_once_the_guest_was_cleared_up_undoes_nothing(
 
     assert undone(recovery) == [] and recovery.exit_code == ExitCode.OK
     assert world.journal.pending() is None
+
+
+@pytest.mark.parametrize("new", [NEW, RECORD.old_emulator])
+def test_what_somebody_has_let_run_under_its_new_qemu_is_not_undone_beneath_it(
+    world: World, new: str
+) -> None:
+    interrupted(world.journal, guests=())
+    world.park("g1", ParkedState.STRIPPED, new_emulator=new)
+    world.let_run.add("uuid-g1")
+    world.found["g1"] = GuestError("g1", "it cannot be looked at")
+
+    recovery = world.resume()
+
+    assert bool(undone(recovery)) is (new != NEW)
 
 
 def test_a_run_that_died_before_it_could_say_that_a_guest_moved_on_is_not_undone(
