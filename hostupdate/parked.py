@@ -52,7 +52,7 @@ class DomainFacts:
     def let_run(self) -> bool:
         """It runs or did under the QEMU that it has, whatever has stopped it since: its owner, or a
         disk that is full. Its RAM has moved on."""
-        return self.active and not self.restored
+        return self.active and not (self.restored or self.busy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -177,7 +177,9 @@ def give_up(
         raise RefusedError(
             [f"guest {record.name} has a QEMU with its RAM"], remedy="run `hostupdate resume`"
         )
-    discard(parking_host(settings, config, hypervisor, record.run_id), record)
+    host = parking_host(settings, config, hypervisor, record.run_id)
+    discard(host, record)
+    host.hook.uninstall()
 
 
 def _recovered(

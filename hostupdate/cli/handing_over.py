@@ -37,7 +37,7 @@ from hostupdate.parked import ParkedRecord
 #: What starts or ends a QEMU: libvirt's own time-outs for both are 30 s.
 _LIFE_NS = 40_000_000_000
 #: For a QEMU that is gone to let go of KVM.
-_MODULES_NS = 500_000_000
+_MODULES_NS = 200_000_000
 #: For a daemon to have read its configuration anew.
 _RELOAD_NS = 5_000_000_000
 #: The mark at the end of a name.

@@ -217,7 +217,8 @@ class Recovery:
         if self._moved and not _is_committed(records):  # it cannot be said
             records = (*records, _COMMITTED)
         self.report = run.report()
-        self._attempt("journal", lambda: run.note(Kind.RECOVERING) if plan else None)
+        if plan is not None and (not records or records[-1].kind is not Kind.RECOVERING):
+            self._attempt("journal", lambda: run.note(Kind.RECOVERING))
         if plan is not None and self.report is None:
             directory = self._journal.directory(record.run_id)
             keeper = None
@@ -240,7 +241,8 @@ class Recovery:
             ran = self._running()
             if ran:
                 self.report.reasons.append(f"`hostupdate resume` let run: {', '.join(ran)}")
-            self.report.reasons += [f"guest {n}: {p}" for n, p in self._result.problems.items()]
+            told = [f"guest {name}: {text}" for name, text in self._result.problems.items()]
+            self.report.reasons += [text for text in told if text not in self.report.reasons]
         unclear = False
         if plan is not None and plan.actual is Impact.HANDOVER and not self._parked:
             unclear = not self._attempt("clearing up", self._clear_up)

@@ -208,7 +208,7 @@ class Handover:
     def commit(self, action: Action) -> None:
         """Lets it run under its new QEMU: from here on there is no way back for it."""
         uuid = action.guest
-        if not self._is(uuid, ParkedState.STRIPPED):
+        if not self._is(uuid, ParkedState.STRIPPED) or uuid in self._problems:
             return
         with _GivingUp(self, uuid):
             self._let_go(uuid)
@@ -285,7 +285,7 @@ class Handover:
     def some_moved_on(self) -> bool:
         """Whether a guest has been let run under its new QEMU, or may have been: what was written
         down counts, whatever error came of it."""
-        for record in self._records.values():
+        for record in [*self._records.values()]:
             with suppress(HostUpdateError):
                 latest = self._port.latest(record)
                 self.committed = self.committed or (latest is not None and latest.moved_on)
@@ -314,8 +314,8 @@ class Handover:
                 )
         try:
             self.drop_kept()
-        except HostUpdateError as error:
-            self._degrade(f"a QEMU that was tried may run still: {error}; {error.remedy}")
+        except (OSError, HostUpdateError) as error:
+            self._degrade(f"what the handover needed is not all cleared up: {error}; {_RESUME}")
         self.end_watch()
 
     def let_run(self) -> None:
@@ -349,6 +349,8 @@ class Handover:
         again = False
         try:
             record = self._port.latest(self._records[uuid])  # an error may have come after a write
+            if record is None and uuid in self._port.processes([uuid]):
+                self._came_back.add(uuid)  # its park was aborted by itself
             if record is None or uuid in self._gone_on:
                 return False
             if record.state is ParkedState.LINKED:

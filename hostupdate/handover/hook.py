@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -37,6 +38,7 @@ class Hook:
             )  # fmt: skip
         self.path = path
         self.state = state
+        self._installing = threading.Lock()  # guests are unparked in parallel
         text = files("hostupdate.handover").joinpath("hook.sh").read_bytes()
         self._text = text.replace(b"@STATE@", os.fsencode(state))
 
@@ -57,7 +59,10 @@ class Hook:
     def install(self) -> None:
         """Puts the hook where libvirt finds it, beside any other; safe to repeat, and then quick.
         PrerequisiteError: it cannot, or another's file has its name."""
-        there = self.check()
+        with self._installing:
+            self._install(self.check())
+
+    def _install(self, there: bytes) -> None:
         try:
             if there != self._text or not os.access(self.path, os.X_OK):
                 self.path.parent.mkdir(parents=True, exist_ok=True)  # readable, as libvirt's are

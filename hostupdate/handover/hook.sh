@@ -22,8 +22,8 @@ set -f
 id='' uuid='' shown=''
 while read -r line; do
 	case $line in
-	"<domain "*" id='"*) id=${line#*" id='"} id=${id%%"'"*} ;;
-	"<uuid>"*) uuid=${line#"<uuid>"} uuid=${uuid%%"<"*} ;;
+	"<domain "*" id='"*) [ -n "$id" ] || id=${line#*" id='"} id=${id%%"'"*} ;;
+	"<uuid>"*) [ -n "$uuid" ] || uuid=${line#"<uuid>"} uuid=${uuid%%"<"*} ;;
 	*urn:hostupdate:ticket:1*) shown=$shown$line ;;
 	"<memory "*) break ;;
 	esac

@@ -61,8 +61,8 @@ def find(name: str, uuid: str, pid: int) -> GuestRam:
         if foreign := _foreign(_top(directory)):
             raise GuestError(
                 name, f"its RAM lies in {directory}, and {foreign}: they could take it away",
-                remedy="set memory_backing_dir in qemu.conf to a directory of root's and start it "
-                "anew",
+                remedy="set memory_backing_dir in qemu.conf to a directory that only root can "
+                "write to, and start it anew",
             )  # fmt: skip
         found = []
         for path in sorted(home.iterdir()):  # blocks plugged in later are here, not in the command

@@ -95,8 +95,12 @@ class Saving:
         try:
             pid = self._same_qemu(record)
         except GuestError:
-            self.abort(record)
+            if self.settle(record).active:
+                self.abort(record)
+            else:
+                self.forget(record)
             raise
+        wrote = None
         try:
             domains.set_ignore_shared(record.uuid, True)
             with held(pid) if self._outlive else nullcontext():  # to unmap a GiB takes 60 ms
@@ -213,14 +217,21 @@ class Saving:
         if problem:
             raise GuestError(record.name, f"{problem}; it stays paused under its new QEMU")
         parked_image.intact(record)
+        status = ""
+        with suppress(HypervisorError, DeadlineError):  # one that hangs is ended
+            status = self._host.domains.status(record.uuid)
+        if status == "running":  # libvirt has not learnt of it yet
+            raise GuestError(record.name, "somebody has let it run under its new QEMU: no way back")
         self._host.domains.destroy(record.uuid)
 
     def commit(self, record: ParkedRecord) -> ParkedRecord:
         """Lets the guest run, if it did before. No way back from here. Safe to repeat.
 
         After an error its record tells whether it may run: a QEMU that has ended, or does not
-        answer, is found out before.
+        answer, is found out before. GuestError: it must not.
         """
+        if record.problem:
+            raise GuestError(record.name, record.problem)
         if record.state is not ParkedState.RUNNING:
             self._host.domains.stream_state(record.uuid)  # libvirt learns of an end a bit later
             record = msgspec.structs.replace(record, state=ParkedState.RUNNING)
@@ -247,9 +258,10 @@ class Saving:
 
     def finish(self, record: ParkedRecord) -> None:
         """Clears up after a guest that runs. Safe to repeat."""
-        self._host.domains.drop_metadata(record.uuid, domain.NAMESPACE)
         self._forget_save(record)
         self.forget(record)
+        with suppress(HypervisorError, DeadlineError):  # an old ticket opens nothing
+            self._host.domains.drop_metadata(record.uuid, domain.NAMESPACE)
 
     def abort(self, record: ParkedRecord) -> None:
         """The guest is under its old QEMU as if nothing had been. Safe to repeat. Raises what the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +91,9 @@ class Port:
 
     def condemn(self, record: ParkedRecord, problem: str) -> ParkedRecord:
         return self._write(record, "condemn", problem=problem)
+
+    def processes(self, uuids: Sequence[str]) -> dict[str, tuple[int, int]]:
+        return {uuid: (1, 1) for uuid in uuids if uuid in self.running}
 
     def modules_in_use(self) -> str:
         return "kvm_amd was in use by 1"
@@ -362,7 +365,7 @@ def test_a_qemu_that_was_tried_and_cannot_be_ended_is_left_to_recovery(
     bench.port.fails["drop_kept"] = [HypervisorError("away")]
     bench.handover.clear()
     assert bench.handover.unfinished
-    assert "may run still: away; run `hostupdate resume`" in bench.degraded[0]
+    assert "not all cleared up: away; run `hostupdate resume`" in bench.degraded[0]
 
 
 def test_parked_together_one_that_may_run_keeps_the_others_from_being_rolled_back(
@@ -412,3 +415,26 @@ def test_a_guest_that_has_ended_is_not_called_under_its_old_qemu(bench: Bench) -
     bench.port.park = gone  # type: ignore[method-assign]
     bench.take("park", guest="b")
     assert "guest b: it has ended" in bench.degraded[0]
+
+
+def test_a_guest_whose_park_was_aborted_by_itself_is_under_its_old_qemu(bench: Bench) -> None:
+    bench.take("park", "unpark", "commit")
+
+    def aborted(record: ParkedRecord) -> ParkedRecord:
+        del bench.port.records[record.uuid]
+        raise GuestError("b", "it was started anew since its handover was prepared")
+
+    bench.port.park = aborted  # type: ignore[method-assign]
+    bench.take("park", guest="b")
+    assert "guest b: it is under its old QEMU again" in bench.degraded[0]
+
+
+def test_changed_ram_of_a_later_guest_is_not_let_run_either(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.take("park", "unpark", "commit")
+    digests = iter(["before", "after", "after"])
+    monkeypatch.setattr(bench.port, "digest", lambda _record: next(digests))
+    bench.take("park", "unpark", "commit", guest="b")
+    assert "b" not in bench.port.running
+    assert "its RAM changed" in bench.handover.problems()["b"]

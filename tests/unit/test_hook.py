@@ -60,6 +60,7 @@ class World:
         name: str = "",
         uuid: str = UUID,
         ticket: str = TICKET,
+        metadata: str = "",
     ) -> subprocess.CompletedProcess[str]:
         name = name or self.record.name
         xml = (
@@ -69,6 +70,7 @@ class World:
         if ticket:
             xml = with_ticket(xml + "</domain>", ticket, "test")
             xml = xml.replace("<metadata>", "\n  <metadata>")  # as libvirt writes it
+            xml = xml.replace("</metadata>", f"{metadata}</metadata>")
         return subprocess.run(
             [self.hook.path, name, operation, sub, "-"],
             input=xml,
@@ -140,6 +142,16 @@ def test_nor_while_nobody_has_taken_note_of_our_death(world: World) -> None:
         lines[1] = f"unpark {dead.pid} {started}"
         path.write_text("\n".join(lines) + "\n")
         assert "hostupdate resume" in world.refusal()
+
+
+def test_what_owners_have_in_their_metadata_says_nothing(world: World) -> None:
+    world.hook.guard(world.record)
+    world.hook.allow(world.record, TICKET)
+    other = "\n<uuid>other</uuid>\n<domain id='8'>\n"
+    assert passes(world.call(metadata=other))
+    assert len(list(world.home.iterdir())) == 2
+    world.hook.guard(world.record)
+    assert "hostupdate resume" in world.call(metadata=other).stderr
 
 
 @pytest.mark.parametrize("ticket", ["", "0123456789abcdee", "0123456789abcde", "0123456789abcdeff"])
