@@ -315,12 +315,17 @@ def end_probes(libvirt: Callable[[], Hypervisor]) -> None:
 
 
 def remove_idle(directory: Path) -> None:
-    """What was kept, or half kept, and no guest runs under; others' builds are left alone."""
+    """What was kept, or half kept, and no guest runs under; others' builds are left alone.
+
+    Of its processes only guests' count. A QEMU that libvirt has started to learn what it can
+    (``-machine none``) runs on for ever where libvirt's daemon is killed meanwhile: it is ended.
+    """
     qemus = processes.all_qemus()
-    running = {processes.program(pid) for pid, name in qemus.items() if name not in PROBES}
+    guests = {pid for pid, name in qemus.items() if name not in PROBES}
     for path in directory.glob("*-*"):
         if not _KEPT.search(path.name):
             continue
-        build = builds.Build(path)
-        if not any(program.startswith(f"{build.directory}/") for program in running):
-            builds.remove(build)
+        users = processes.running_from(path.absolute())
+        if guests.isdisjoint(users):
+            processes.end([pid for pid in users if pid not in qemus])
+            builds.remove(builds.Build(path))

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from errno import ESRCH
 from itertools import pairwise
+from pathlib import Path
 
 import psutil
 
@@ -66,6 +67,18 @@ def all_qemus() -> dict[int, str]:
             named = options.get("-name", "").partition(",")[0]
             found[process.pid] = named.removeprefix("guest=")
     return found
+
+
+def running_from(directory: Path) -> list[int]:
+    """Processes whose program lies below a directory, or did when they began."""
+    return [pid for pid in psutil.pids() if Path(program(pid)).is_relative_to(directory)]
+
+
+def end(pids: Iterable[int]) -> None:
+    """Ends processes at once; no error for one that is gone."""
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).kill()
 
 
 def reload_libvirt() -> None:

@@ -265,7 +265,7 @@ class Bench:
         while len(ours := pids_naming(str(self.base))) != guests:
             lines = [Path(f"/proc/{pid}/cmdline") for pid in ours]
             assert time.monotonic_ns() < deadline_ns, [
-                path.read_bytes().split(b"\0")[:4] for path in lines if path.exists()
+                path.read_bytes().replace(b"\0", b" ") for path in lines if path.exists()
             ]
             time.sleep(0.1)
 
