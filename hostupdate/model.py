@@ -83,7 +83,7 @@ class GuestState(StrEnum):
     PAUSED = "paused"
     SHUTOFF = "shutoff"
     CRASHED = "crashed"
-    GONE = "gone"  #: not known to the hypervisor any more
+    GONE = "gone"  #: not known to the hypervisor any more, or its QEMU is dead and libvirt lags
     UNKNOWN = "unknown"  #: the hypervisor did not answer
 
 

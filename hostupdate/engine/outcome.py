@@ -155,6 +155,8 @@ class Outcomes:
             guest.state_after = self._settled_state(guest.uuid)
             self._silent = guest.state_after is GuestState.UNKNOWN
         if not self._lives(guest):
+            if guest.state_after in (GuestState.RUNNING, GuestState.PAUSED):
+                guest.state_after = GuestState.GONE  # libvirt has not learnt of it yet
             return f"its QEMU, pid {place.pid}, is gone"
         if guest.state_after not in (GuestState.RUNNING, GuestState.UNKNOWN):
             return f"it is {guest.state_after}, it was {guest.state_before}"

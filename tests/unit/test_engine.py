@@ -549,6 +549,8 @@ def test_a_guest_that_dies_while_it_is_looked_at_is_not_called_well(
     world.vitals = Deadly()
     report = run(fake)
     assert report.exit_code == ExitCode.GUEST_LOST
+    # libvirt, which says that it runs, has not learnt of it yet.
+    assert report.guests[0].state_after is GuestState.GONE
     assert any(f"guest a: its QEMU, pid {place.pid}, is gone" in text for text in report.reasons)
 
 
